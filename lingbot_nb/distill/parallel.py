@@ -1,0 +1,103 @@
+"""One training on several GPUs: every rank holds the whole model, draws its rows of a batch, and averages gradients.
+
+All functions do nothing, and cost nothing, in a single process. Ranks are started by torchrun (`launch`).
+
+Random numbers come in two kinds. A `SharedGenerator` is seeded alike on all ranks, which then stay in step: a training
+gives the same curve on any number of ranks with the same global batch, and rank 0's checkpoint is everyone's. A plain
+generator, seeded apart on each rank, suits ranks that hold different data.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start() -> tuple[int, int, torch.device]:
+    """(rank, ranks, device) of this process; joins the group that torchrun announces, NCCL on GPUs and gloo on CPUs."""
+    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (dist.get_rank() if ranks > 1 else 0), ranks, device
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def place() -> tuple[int, int]:
+    """(rank, ranks) of this process; (0, 1) when it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+
+
+class SharedGenerator(torch.Generator):
+    """A generator that all ranks seed alike and advance alike: `draw` gives each rank its rows of one global draw."""
+
+
+def shared_generator(device: torch.device | str, seed: int) -> SharedGenerator:
+    return SharedGenerator(device).manual_seed(seed)
+
+
+def draw(make: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """make(shape), random numbers with one row a sample of the batch.
+
+    From a `SharedGenerator` every rank makes the rows of all ranks and keeps its own, so that a sample's noise does not
+    depend on how many ranks share the batch.
+    """
+    rank, ranks = place()
+    rows = shape[0]
+    if ranks == 1 or not isinstance(generator, SharedGenerator):
+        return make(tuple(shape))
+    return make((ranks * rows, *shape[1:]))[rank * rows : (rank + 1) * rows]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], values: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Replaces every gradient by its mean over ranks, in one all-reduce of all of them.
+
+    `values`, scalars to log, travel along; their means are returned.
+    """
+    if not several():
+        return list(values)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), *(v.detach().reshape(1).to(gradients[0]) for v in values)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    *parts, means = flat.split([*(g.numel() for g in gradients), len(values)])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    return list(means.unbind())
+
+
+def agree(value: float, device: torch.device | str) -> float:
+    """Rank 0's value on every rank: what decides about stopping or branching must be the same everywhere.
+
+    The host waits for the device here: not for every step.
+    """
+    if not several():
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+@torch.no_grad()
+def same_start(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers on every rank."""
+    if several():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The ranks' tensors, which must have one shape, concatenated along the first dimension."""
+    if not several():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,358 @@
+"""How the shipped tiny world was trained: one command, from nothing, on one or many GPUs.
+
+    torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights
+
+Stages run in order (collect the clips first: `python -m lingbot_nb collect`), each as long as its seconds say, each
+leaving weights and a card in `--out`; a stage whose weights are there is skipped, and a stage that was killed resumes.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lingbot_nb import presets
+from lingbot_nb.distill import flow, parallel, tokenizer, train
+from lingbot_nb.distill.optim import muon_adamw
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.kv_cache import GradCache
+from lingbot_nb.model.text import TinyText
+from lingbot_nb.model.vae import TinyVAE
+from lingbot_nb.presets import Preset
+from lingbot_nb.world.clips import ClipStore
+from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds and clips per rank and step of each stage, and its learning rate."""
+
+    seconds: float
+    batch: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one training; the defaults are the shipped world's, on four H200 GPUs."""
+
+    preset: Preset = presets.TINY
+    tokenizer: Budget = Budget(330, 24, 1e-3)
+    teacher: Budget = Budget(360, 32, 2e-3)
+    causal: Budget = Budget(240, 24, 1e-3)
+    consistency: Budget = Budget(60, 24, 2e-4)
+    student: Budget = Budget(150, 16, 3e-5)
+    critic_lr: float = 1e-4
+    context_noise: float = 0.2
+    prompt: str = "a walk through the maze of my_way_home"
+    compile: bool = True
+    one_graph: bool = False
+    """Compile a stage's forward and loss as one graph instead of layer by layer: fewer launches, longer compiling."""
+
+
+LOG_EVERY = 10
+"""Steps between two looks at the device's numbers: the host runs ahead meanwhile."""
+
+
+class Bench:
+    """One rank's place: its data, device and folder, shared by all stages."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int):
+        self.rank, self.ranks, self.device = parallel.start()
+        self.recipe, self.preset, self.out, self.seed = recipe, recipe.preset, Path(out), seed
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.text = TinyText(self.preset.model.text_dim, self.preset.model.text_len)
+        began = time.monotonic()
+        self.train = list(ClipStore(data, split="train", check=False))[self.rank :: self.ranks]
+        self.held_out = list(ClipStore(data, split="held-out", check=False))
+        self.precision = train.autocast(self.device) if self.device.type == "cuda" else train.fp32
+        self.say("data", clips=len(self.train), held_out=len(self.held_out), seconds=time.monotonic() - began)
+
+    def say(self, stage: str, **row) -> None:
+        """One JSON line to the log and the terminal, from rank 0."""
+        if self.rank == 0:
+            row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+            line = json.dumps({"stage": stage, **row})
+            print(line, flush=True)
+            with (self.out / "log.jsonl").open("a") as log:
+                log.write(line + "\n")
+
+    def generator(self, purpose: int = 0) -> torch.Generator:
+        """Different draws on every rank and for every purpose."""
+        return torch.Generator(self.device).manual_seed(1000 * self.seed + 100 * purpose + self.rank)
+
+    def pictures(self, clips: list) -> Tensor:
+        return torch.from_numpy(np.stack([clip.frames for clip in clips])).to(self.device)
+
+    def dit(self, file: str | None = None) -> DiT:
+        torch.manual_seed(self.seed)
+        dit = DiT(self.preset.model, device=self.device)
+        if file:
+            checkpoint.load_into(self.out / file, dit)
+        return dit
+
+    def vae(self) -> TinyVAE:
+        vae = TinyVAE()
+        checkpoint.load_into(self.out / "vae.safetensors", vae)
+        return vae.to(self.device).eval()
+
+    def encoded(self, clips: list) -> LatentClips:
+        """Clips through the trained tokenizer, resident on this rank's device."""
+        frames = [clip.frames for clip in clips]
+        context = self.text.encode(self.recipe.prompt)
+        poses, keys = [clip.poses for clip in clips], [clip.keys for clip in clips]
+        return encode_clips(
+            self.vae(), frames, poses, keys, clips[0].intrinsics, context, self.preset, device=self.device, size=16
+        )
+
+    def keep(self, file: str, module: nn.Module, budget: Budget, **card) -> None:
+        """Rank 0 writes the weights in bf16 with a card that says how they were made."""
+        if self.rank == 0:
+            name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+            made = {"preset": self.preset.name, "machine": f"{self.ranks} x {name}", "torch": torch.__version__}
+            data = {"train_clips": len(self.train) * self.ranks, "seed": self.seed, **asdict(budget)}
+            checkpoint.save(self.out / file, module, dtype=torch.bfloat16, **made, **data, **card)
+
+    def has(self, file: str) -> bool:
+        return checkpoint.card_path(self.out / file).exists()
+
+
+def train_tokenizer(bench: Bench) -> None:
+    budget = bench.recipe.tokenizer
+    torch.manual_seed(bench.seed)
+    vae = TinyVAE().to(bench.device)
+    parallel.same_start(vae)
+    generator = bench.generator(1)
+    frames = bench.pictures(bench.train)
+    held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
+    settings = tokenizer.TokenizerSettings(batch=budget.batch, lr=budget.lr)
+    rows = tokenizer.train_tokenizer(
+        vae,
+        tokenizer.group_batches(frames, budget.batch, generator),
+        seconds=budget.seconds,
+        settings=settings,
+        generator=generator,
+        held_out=held_out,
+        report_every=200,
+        compile=bench.recipe.compile,
+    )
+    row = {}
+    for row in rows:
+        bench.say("tokenizer", **row)
+    result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
+    bench.say("tokenizer", held_out=result)
+    bench.keep("vae.safetensors", vae, budget, kind="tokenizer", steps=row["step"], metrics=result)
+
+
+def run_fit(bench: Bench, stage: str, step: train.Step, state: train.TrainState, budget: Budget, schedule) -> None:
+    for row in train.fit(step, state, seconds=budget.seconds, schedule=schedule, log_every=LOG_EVERY):
+        if row["step"] % 100 == 0 or row["step"] in (1, 10):
+            bench.say(stage, steps_per_second=row["step"] / row["seconds"], **row)
+
+
+def compiled(bench: Bench, dit: DiT) -> DiT:
+    """Every layer compiled by itself: they share one graph, which compiles once."""
+    if bench.recipe.compile and not bench.recipe.one_graph:
+        for layer in dit.blocks:
+            layer.compile(dynamic=False)
+    return dit
+
+
+def around_loss(bench: Bench) -> train.Compile:
+    """What to put around a step's forward and loss."""
+    return train.one_graph if bench.recipe.compile and bench.recipe.one_graph else train.as_it_is
+
+
+def state_for(bench: Bench, role: str, dit: DiT, lr: float, average: float) -> train.TrainState:
+    """Muon on the layers' matrices, AdamW on the rest, an EMA, and this rank's own noise."""
+    return train.TrainState(
+        {role: dit},
+        {role: muon_adamw(dit, lr)},
+        bench.generator(2),
+        averages={role: train.Average(dit, average)},
+    )
+
+
+def train_teacher(bench: Bench) -> None:
+    budget, dit = bench.recipe.teacher, bench.dit()
+    parallel.same_start(dit)
+    state = state_for(bench, "teacher", dit, budget.lr, 0.999)
+    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(3))
+    options = dict(precision=bench.precision, compile=around_loss(bench))
+    step = train.teacher_step(compiled(bench, dit), batches, shift=bench.preset.flow.shift, **options)
+    run_fit(bench, "teacher", step, state, budget, train.warmup_decay(0.02, 0.45))
+    bench.keep("teacher.safetensors", state.averages["teacher"].module, budget, kind="teacher", steps=state.step)
+
+
+def train_causal(bench: Bench) -> None:
+    """The teacher's weights under the causal mask, by teacher forcing: the causal teacher of Causal-Forcing."""
+    budget, dit = bench.recipe.causal, bench.dit("teacher.safetensors")
+    state = state_for(bench, "student", dit, budget.lr, 0.999)
+    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(4))
+    step = train.forcing_step(
+        compiled(bench, dit),
+        batches,
+        bench.preset.stream,
+        shift=bench.preset.flow.shift,
+        context_noise=bench.recipe.context_noise,
+        precision=bench.precision,
+        compile=around_loss(bench),
+    )
+    run_fit(bench, "causal", step, state, budget, train.warmup_decay(0.02, 0.45))
+    bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
+
+
+def train_consistency(bench: Bench) -> None:
+    budget = bench.recipe.consistency
+    student, teacher = bench.dit("causal.safetensors"), bench.dit("causal.safetensors").requires_grad_(False)
+    state = state_for(bench, "student", student, budget.lr, 0.99)
+    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(5))
+    sigmas = flow.sigma_grid(48, bench.preset.flow.shift)
+    step = train.consistency_step(
+        compiled(bench, student),
+        compiled(bench, teacher),
+        batches,
+        bench.preset.stream,
+        sigmas,
+        precision=bench.precision,
+        compile=around_loss(bench),
+    )
+    run_fit(bench, "consistency", step, state, budget, train.warmup_decay(0.05, 0.3))
+    module = state.averages["student"].module
+    bench.keep("consistency.safetensors", module, budget, kind="consistency student", steps=state.step)
+
+
+def train_student(bench: Bench) -> None:
+    """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout."""
+    budget, preset = bench.recipe.student, bench.preset
+    student, critic = bench.dit("consistency.safetensors"), bench.dit("teacher.safetensors")
+    teacher = bench.dit("teacher.safetensors").requires_grad_(False)
+    adam = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    state = train.TrainState(
+        {"student": student, "critic": critic},
+        {
+            "student": adam(student.parameters(), lr=budget.lr),
+            "critic": adam(critic.parameters(), lr=bench.recipe.critic_lr),
+        },
+        bench.generator(6),
+        averages={"student": train.Average(student, 0.97)},
+    )
+    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(7))
+
+    def make_cache(batch: Batch) -> GradCache:
+        return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=bench.device)
+
+    labels = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
+    step = train.dmd_step(
+        train.own_rollout(student, preset.stream, labels, make_cache),
+        compiled(bench, critic),
+        compiled(bench, teacher),
+        batches,
+        preset.stream,
+        shift=preset.flow.shift,
+        ratio=5,
+        critic_first=20,
+        reuse=True,
+        precision=bench.precision,
+        compile=around_loss(bench),
+    )
+    schedule = train.warmup_decay(0.02, 0.3)
+    for row in train.fit(step, state, seconds=budget.seconds, schedule=schedule, log_every=LOG_EVERY):
+        if "student_g" in row or row["step"] % 10 == 0:
+            bench.say("student", **row)
+    bench.keep("student.safetensors", state.averages["student"].module, budget, kind="student", steps=state.step)
+
+
+def evaluate(bench: Bench, clips: int = 64) -> None:
+    """PSNR and sharpness of every stage's weights on held-out walks, shared out over the ranks."""
+    from lingbot_nb.report import evaluation
+
+    held_out = bench.held_out[: clips // bench.ranks * bench.ranks][bench.rank :: bench.ranks]
+    encoded, vae, shift = bench.encoded(held_out), bench.vae(), bench.preset.flow.shift
+    real = bench.pictures(held_out)
+    everyone, zero = torch.arange(len(encoded), device=bench.device), torch.zeros(len(encoded), device=bench.device)
+
+    def row(name: str, latents: Tensor) -> None:
+        made = torch.from_numpy(evaluation.decode_clips(vae, latents)).to(bench.device)
+        pair = [parallel.gathered(x).cpu().numpy() for x in (real, made)]
+        if bench.rank == 0:
+            bench.say("evaluate", name=name, **evaluation.summary(*pair))
+
+    for with_poses in (True, False):
+        modes = torch.full_like(everyone, with_poses).bool()
+        batch = encoded.batch(everyone, zero.long(), bench.preset.shape.frames, modes)
+        mode = "poses" if with_poses else "keys"
+        if with_poses:
+            row("tokenizer", batch.latents)
+        teacher = bench.dit("teacher.safetensors")
+        with bench.precision():
+            clips = evaluation.teacher_clips(teacher, batch, steps=50, shift=shift, generator=bench.generator(8))
+        row(f"teacher 50 {mode}", clips)
+        for file, counts in (("causal", (4,)), ("consistency", (4,)), ("student", (4, 2, 1))):
+            dit = bench.dit(f"{file}.safetensors")
+            for count in counts:
+                steps = flow.few_steps(bench.preset.flow.labels(count), shift)
+                with bench.precision():
+                    options = dict(steps=steps, generator=bench.generator(9))
+                    clips = evaluation.student_clips(dit, batch, bench.preset, **options)
+                row(f"{file} {count} {mode}", clips)
+
+
+STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
+    ("vae.safetensors", train_tokenizer),
+    ("teacher.safetensors", train_teacher),
+    ("causal.safetensors", train_causal),
+    ("consistency.safetensors", train_consistency),
+    ("student.safetensors", train_student),
+)
+
+
+def run(bench: Bench) -> Iterator[str]:
+    """Trains what is missing, stage by stage; yields each finished file."""
+    for file, stage in STAGES:
+        if not bench.has(file):
+            began = time.monotonic()
+            stage(bench)
+            if bench.ranks > 1:
+                torch.distributed.barrier()
+            bench.say("done", file=file, seconds=time.monotonic() - began)
+        yield file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lingbot_nb.distill.recipe", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of collected clips, both splits")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, cards and log.jsonl")
+    parser.add_argument("--preset", default="tiny", help="tiny or tiny-large")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's seconds")
+    parser.add_argument("--no-compile", action="store_true", help="eager layers: slower steps, no compile time")
+    parser.add_argument("--one-graph", action="store_true", help="compile whole losses instead of single layers")
+    args = parser.parse_args()
+    compiling = dict(compile=not args.no_compile, one_graph=args.one_graph)
+    recipe = scaled(Recipe(preset=presets.by_name(args.preset), **compiling), args.scale)
+    bench = Bench(recipe, args.data, args.out, args.seed)
+    for _ in run(bench):
+        pass
+    evaluate(bench)
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """The same recipe with every stage's seconds times `factor`."""
+    from dataclasses import replace
+
+    names = ("tokenizer", "teacher", "causal", "consistency", "student")
+    budgets = {name: getattr(recipe, name) for name in names}
+    return replace(recipe, **{n: replace(b, seconds=b.seconds * factor) for n, b in budgets.items()})
+
+
+if __name__ == "__main__":
+    main()

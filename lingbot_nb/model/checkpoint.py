@@ -1,0 +1,84 @@
+"""Our own weight files: safetensors beside a JSON card that says how they were made and carries their sha256.
+
+Released LingBot folders are another matter; this file knows only what the workbook itself writes.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save_file
+from torch import nn
+
+
+def card_path(path: Path) -> Path:
+    return Path(path).with_suffix(".json")
+
+
+def save(path: Path | str, module: nn.Module, *, dtype: torch.dtype | None = None, **card) -> Path:
+    """Writes a module's parameters and buffers, floating ones cast to `dtype`, and a card with `card`'s entries.
+
+    Both files are written to a temporary name and renamed, the card last: a card on disk means whole weights.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: _cast(tensor, dtype) for name, tensor in module.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file(state, partial)
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+    parameters = sum(p.numel() for p in module.parameters())
+    card_path(path).unlink(missing_ok=True)
+    os.replace(partial, path)
+    partial.write_text(json.dumps({**card, "parameters": parameters, "sha256": digest}, indent=1) + "\n")
+    os.replace(partial, card_path(path))
+    return path
+
+
+def load_into(path: Path | str, module: nn.Module) -> dict:
+    """Fills `module` strictly from `path` and returns the card.
+
+    Raises FileNotFoundError, or ValueError when the bytes do not match the card's sha256 or names or shapes differ.
+    """
+    path = Path(path)
+    card = read_card(path)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != card["sha256"]:
+        raise ValueError(f"weights {path} do not match the sha256 in {card_path(path).name}: fetch or train them again")
+    state = load(data)
+    _check_names(path, state, module.state_dict())
+    module.load_state_dict(state)
+    return card
+
+
+def read_card(path: Path | str) -> dict:
+    path = Path(path)
+    for file in (path, card_path(path)):
+        if not file.exists():
+            raise FileNotFoundError(f"weights file {file} does not exist: train it or name another")
+    try:
+        card = json.loads(card_path(path).read_text())
+        card["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"card {card_path(path)} is unreadable: write the weights again") from error
+    return card
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    # Statistics and tables (0- and 1-D buffers) keep their precision: they cost nothing and scale everything.
+    if dtype is not None and tensor.is_floating_point() and tensor.dim() > 1:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
+
+
+def _check_names(path: Path, found: dict, wanted: dict) -> None:
+    problems = {
+        "tensors missing": wanted.keys() - found.keys(),
+        "unexpected tensors": found.keys() - wanted.keys(),
+        "wrong shapes": {n for n in wanted.keys() & found.keys() if found[n].shape != wanted[n].shape},
+    }
+    said = [f"{len(names)} {what} (first: {min(names)})" for what, names in problems.items() if names]
+    if said:
+        raise ValueError(f"weights {path} are for another model size: {', '.join(said)}")

@@ -1,0 +1,731 @@
+"""A world that is being played: keys in, pixel frames out. Knows nothing of widgets, threads or notebooks.
+
+A chunk costs one denoising pass per step and a clean pass that writes the cache. `generate` returns the pixel frames
+before the clean pass, `finish` does it: the player shows the one while the other runs; `step` is both.
+"""
+
+import copy
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lingbot_nb.control import camera
+from lingbot_nb.control.keys import KEYS, check_keys, held
+from lingbot_nb.distill.flow import FewStep, few_steps
+from lingbot_nb.distill.forcing import gaussian
+from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
+from lingbot_nb.model.kv_cache import KVCache
+from lingbot_nb.model.vae import from_uint8, to_uint8
+from lingbot_nb.presets import FPS, LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings, VideoShape
+
+TINY_INTRINSICS = (66.67, 80.0, 80.0, 48.0)
+"""fx, fy, cx, cy of the tiny world's pictures, at `TINY_SIZE`."""
+TINY_SIZE = (96, 160)
+LINGBOT_INTRINSICS = (502.91, 503.11, 415.778, 239.778)
+"""fx, fy, cx, cy of most released examples, at `camera.SOURCE_SIZE`."""
+
+ACT, CAM, TINY = 7, 6, 10
+
+LONGEST_WINDOW, LONGEST_SINK = 21, 3
+"""Latent frames that a session remembers, so that window and sink can be changed in mid-stream."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that a stretch of play needs to be played again: what it started from, every key, every change on the way.
+
+    start u8 [m, H, W, 3], a picture (m = 1) or a clip; keys bool [n, 8], one row per pixel frame after the first, the
+    clip's own included; poses float64 [n + 1, 4, 4], which the keys walk (without walls: those are the model's
+    business); changes: (pixel frame, {setting: value}).
+    """
+
+    preset: str
+    start: np.ndarray
+    prompt: str
+    seed: int
+    steps: int
+    keys: np.ndarray
+    poses: np.ndarray
+    changes: tuple[tuple[int, dict], ...] = ()
+    window: int | None = None
+    sink: int = 0
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file, under a temporary name first."""
+        names = ("preset", "prompt", "seed", "steps", "changes", "window", "sink")
+        card = {name: getattr(self, name) for name in names}
+        tensors = {
+            "start": torch.from_numpy(self.start.copy()),
+            "keys": torch.from_numpy(self.keys.astype(np.uint8)),
+            "poses": torch.from_numpy(self.poses.copy()),
+        }
+        return _save(path, tensors, card)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recording":
+        """Read what `save` wrote; FileNotFoundError or ValueError otherwise."""
+        tensors, card = _load(path)
+        changes = tuple((at, change) for at, change in card.pop("changes"))
+        keys = tensors["keys"].numpy().astype(bool)
+        return cls(
+            **card,
+            changes=changes,
+            keys=keys,
+            start=tensors["start"].numpy(),
+            poses=tensors["poses"].numpy(),
+        )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A chunk that the cache was given: x0 [1, 16, f, h, w] and its control [1, C, f, h, w] (None without control)."""
+
+    x0: Tensor
+    control: Tensor | None
+
+    @property
+    def frames(self) -> int:
+        return self.x0.shape[2]
+
+
+class _Memory:
+    """The chunks that any window or sink up to the longest could still see: the first ones and the latest."""
+
+    def __init__(self):
+        self.first: list[_Written] = []
+        self.latest: list[_Written] = []
+
+    def add(self, chunk: _Written) -> None:
+        if sum(old.frames for old in self.first) < LONGEST_SINK:
+            self.first.append(chunk)
+        else:
+            self.latest.append(chunk)
+        while sum(old.frames for old in self.latest[1:]) >= LONGEST_WINDOW:
+            del self.latest[0]
+
+    def seen_by(self, window: int, sink: int) -> list[_Written]:
+        """Chunks that hold the sink and, after it, the latest `window` - `sink` frames, oldest first."""
+        chunks, front, back = [*self.first, *self.latest], 0, len(self.first) + len(self.latest)
+        while front < len(chunks) and sum(chunk.frames for chunk in chunks[:front]) < sink:
+            front += 1
+        while back > front and sum(chunk.frames for chunk in chunks[back:]) < window - sink:
+            back -= 1
+        return chunks[:front] + chunks[back:]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every chunk's x0 and control on the CPU, numbered from the oldest."""
+        chunks = [*self.first, *self.latest]
+        controls = {f"control.{i}": chunk.control.cpu() for i, chunk in enumerate(chunks) if chunk.control is not None}
+        return {**{f"x0.{i}": chunk.x0.cpu() for i, chunk in enumerate(chunks)}, **controls}
+
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """The chunks that `state_dict` gave."""
+        self.first, self.latest = [], []
+        for i in range(sum(name.startswith("x0.") for name in state)):
+            control = state.get(f"control.{i}")
+            self.add(_Written(state[f"x0.{i}"].to(device), None if control is None else control.to(device)))
+
+
+class Session:
+    """Plays one world: a start image, a prompt and a seed, then keys.
+
+    `dit` and `vae` are used as they are; where another `device` or `dtype` is asked for, as copies. `text` encodes
+    prompts (`text.encode(prompt) -> [L, text_dim]`). `start_image` is u8 [H, W, 3] or a picture file; another size is
+    cropped to the middle and resized, with a warning. `path` turns keys into camera control; by default the preset's
+    (intrinsics of the tiny world, or of LingBot's examples). Noise is drawn on the CPU: a seed means the same noise on
+    any device. Raises ValueError for a picture, a prompt or steps that do not fit.
+    """
+
+    fps = FPS
+    longest_window, longest_sink = LONGEST_WINDOW, LONGEST_SINK
+
+    def __init__(self, preset: Preset, dit, vae, text, *, start_image, prompt: str, steps: int = 4, seed: int = 0,
+                 device=None, dtype: torch.dtype | None = None, path: camera.LivePath | None = None):  # fmt: skip
+        self.preset, self.text = preset, text
+        first = next(dit.parameters())
+        self.device = torch.device(device) if device else first.device
+        self.dtype = dtype or first.dtype
+        self.dit = _placed(dit, self.device, self.dtype).eval()
+        self.vae = _placed(vae, self.device, None).eval()
+        self.path = path or live_path(preset, self.device)
+        self.last_timings: dict[str, float] = {}
+        self._decoder = self.vae.decoder_stream()
+        self._cache = self._new_cache()
+        self._generator = torch.Generator()
+        self._memory = _Memory()
+        self._log = bytearray()  # rows of keys: 8 bytes a pixel frame, so that an endless stream may keep them all
+        self._changes: list[tuple[int, dict]] = []
+        self._pending: Callable[[], None] | None = None
+        self.seed = seed
+        self._set_steps(steps)
+        self._set_prompt(prompt)
+        self.start_image = start_image
+
+    # -- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> VideoShape:
+        return self.preset.shape
+
+    @property
+    def keys(self) -> str:
+        """Letters that this world understands."""
+        return "wasdjl" if self.preset.model.control_channels == TINY else KEYS
+
+    @property
+    def about(self) -> str:
+        """One line for the player's head."""
+        chunk = self.preset.stream.chunk
+        frames = "1 frame" if chunk == 1 else f"{chunk} frames"
+        kind = str(self.dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float32", "fp32")
+        size = f"{self.shape.width} × {self.shape.height}"
+        return f"{self.preset.name} · {size} · {frames} a chunk · {kind} on {self.device}"
+
+    @property
+    def next_frames(self) -> int:
+        """Pixel frames that the next step returns."""
+        return TIME_STRIDE * self.preset.stream.chunk - (0 if self._begun else TIME_STRIDE - 1)
+
+    @property
+    def _begun(self) -> bool:
+        return self._cache.frames_seen > 0 or self._pending is not None
+
+    @property
+    def pixel_frames(self) -> int:
+        """Pixel frames made since the last reset, the first one included."""
+        return 1 + len(self._log) // len(KEYS)
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    @property
+    def prompt(self) -> str:
+        """What the world is like. A new one counts from the next chunk, and the chunks in sight are read again under it
+        (one clean pass for each): what is cached was computed under the old one and would pull the picture back."""
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str) -> None:
+        self.finish()
+        self._set_prompt(prompt)
+        self._rebuild()
+        self._changes.append((self.pixel_frames, {"prompt": prompt}))
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps a chunk, from the next chunk on."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._set_steps(steps)
+        self._changes.append((self.pixel_frames, {"steps": steps}))
+
+    @property
+    def window(self) -> int | None:
+        """Latent frames in sight, sink and current chunk included; None for all. A new one counts from the next chunk:
+        the cache is built anew from the chunks remembered, at the price of one clean pass for each of them."""
+        return self.preset.stream.window
+
+    @window.setter
+    def window(self, window: int) -> None:
+        self._set_stream(window=window)
+
+    @property
+    def sink(self) -> int:
+        """First latent frames that stay in sight for ever. A new one rebuilds the cache, as a new `window` does."""
+        return self.preset.stream.sink
+
+    @sink.setter
+    def sink(self, sink: int) -> None:
+        self._set_stream(sink=sink)
+
+    def _set_stream(self, **changes: int) -> None:
+        stream = replace(self.preset.stream, **changes)
+        if stream == self.preset.stream:
+            return
+        if stream.window is None or stream.window > LONGEST_WINDOW or stream.sink > LONGEST_SINK:
+            raise ValueError(
+                f"window {stream.window} and sink {stream.sink} cannot be set in mid-stream: use at most "
+                f"{LONGEST_WINDOW} and {LONGEST_SINK} frames"
+            )
+        self.finish()
+        self.preset = replace(self.preset, stream=stream)
+        self._rebuild()
+        self._changes.append((self.pixel_frames, changes))
+
+    @torch.no_grad()
+    def _rebuild(self) -> None:
+        """A cache of the present window and sink, filled by clean passes over the chunks it can see.
+
+        They are numbered anew: the sink's frames, then the latest ones right behind them.
+        """
+        self._cache = self._new_cache()
+        for chunk in self._memory.seen_by(self.window, self.sink):
+            write_clean(self.dit, chunk.x0, **self._inputs(chunk.frames, chunk.control))
+
+    def _new_cache(self) -> KVCache:
+        preset = self.preset
+        return KVCache(preset.model, preset.stream, preset.shape, device=self.device, dtype=self.dtype)
+
+    @property
+    def start_image(self) -> np.ndarray:
+        """The picture it all starts from, u8 [H, W, 3]. Setting it starts anew."""
+        return self._start[0]
+
+    @start_image.setter
+    def start_image(self, image) -> None:
+        self._set_start(fit_image(image, self.shape)[None], np.zeros((1, len(KEYS)), bool))
+
+    def start_clip(self, frames: np.ndarray, keys: np.ndarray | None = None) -> None:
+        """Start anew after a clip: its frames are written to the cache as if they had been played.
+
+        frames u8 [4n + 1, H, W, 3] of the world's size; keys bool [4n + 1, 8], held on the way into each pixel frame
+        (row 0 has no effect; default: none). `reset` comes back to the clip's end. Raises ValueError for other sizes.
+        """
+        frames = np.asarray(frames)
+        keys = np.zeros((len(frames), len(KEYS)), bool) if keys is None else check_keys(keys)
+        size = (self.shape.height, self.shape.width, 3)
+        if frames.dtype != np.uint8 or frames.shape[1:] != size or len(frames) % TIME_STRIDE != 1:
+            raise ValueError(f"clip is {frames.dtype} {frames.shape}: give uint8 [4n + 1, {', '.join(map(str, size))}]")
+        if len(keys) != len(frames):
+            raise ValueError(
+                f"{len(keys)} rows of keys for a clip of {len(frames)} pixel frames: give one row for each"
+            )
+        self._set_start(frames.copy(), keys.copy())
+
+    def _set_start(self, frames: np.ndarray, keys: np.ndarray) -> None:
+        video = from_uint8(torch.from_numpy(frames)[None].to(self.device))
+        with torch.no_grad():
+            condition, latents = self.vae.image_condition(video[:, :, 0], self.shape.frames), self.vae.encode(video)
+        self._start, self._start_keys = frames, keys
+        self._condition, self._start_latents = condition, latents
+        self.reset()
+
+    def use(self, dit) -> None:
+        """Go on with another student of the same size: a new checkpoint, say. The cache stays."""
+        self.finish()
+        self.dit = _placed(dit, self.device, self.dtype).eval()
+        self._set_prompt(self._prompt)
+
+    def _set_prompt(self, prompt: str) -> None:
+        with torch.no_grad():
+            states = self.text.encode(prompt).to(self.device, self.dtype)
+            self._words = self.dit.text(states[None])
+        self._prompt = prompt
+
+    def _set_steps(self, steps: int) -> None:
+        self._schedule: list[FewStep] = few_steps(self.preset.flow.labels(steps), self.preset.flow.shift)
+        self._steps = steps
+
+    # -- play -----------------------------------------------------------------------------------------------------
+
+    def reset(self, seed: int | None = None) -> None:
+        """Back to the start image, with the present prompt and steps; `seed` replaces the seed."""
+        self.seed = self.seed if seed is None else seed
+        self._generator.manual_seed(self.seed)
+        self._cache.reset()
+        self._decoder.reset()
+        self.path.reset()
+        self._log, self._changes, self._pending, self._memory = bytearray(), [], None, _Memory()
+        self._origin = {"prompt": self._prompt, "steps": self._steps, "window": self.window, "sink": self.sink}
+        self.first_frame = self._prime() if self._starts_known else self._start[0]
+        self.last_frame = self.first_frame
+
+    @property
+    def _starts_known(self) -> bool:
+        """Whether the start is written to the cache: a clip always, a picture where it is a chunk of its own."""
+        return self.preset.stream.image_first or len(self._start) > 1
+
+    @torch.no_grad()
+    def _prime(self) -> np.ndarray:
+        """Write the start to the cache, chunk by chunk; returns its last pixel frame as the decoder sees it."""
+        control = self._control(self._start_keys)
+        at = 0
+        for length in self.preset.stream.chunk_lengths(self._start_latents.shape[2]):
+            part = slice(at, at + length)
+            x0 = self._start_latents[:, :, part]
+            self._write(_Written(x0, None if control is None else control[:, :, part]))
+            frames = self._decoder.decode(x0)
+            at += length
+        self._log.extend(self._start_keys[1:].tobytes())
+        return to_uint8(frames)[0, -1].cpu().numpy()
+
+    def _write(self, chunk: _Written, film=None) -> None:
+        write_clean(self.dit, chunk.x0, **self._inputs(chunk.frames, chunk.control, film))
+        self._memory.add(chunk)
+
+    def _inputs(self, frames: int, control: Tensor | None, film=None) -> dict:
+        """What every pass over the next `frames` frames is given."""
+        film = camera_of(self.dit, control) if film is None else film
+        condition = self._condition[:, :, self._condition_frames(self._cache.frames_seen, frames)]
+        return dict(condition=condition, text=self._words, camera=film, cache=self._cache)
+
+    def step(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
+        """One chunk: the pixel frames u8 [n, H, W, 3] that follow under `keys`, n = `next_frames`.
+
+        keys: letters held all along ("wl", {"w", "l"}), bool [8], or bool [n, 8], a row for each pixel frame.
+        """
+        frames = self.generate(keys)
+        self.finish()
+        return frames
+
+    @torch.no_grad()
+    def generate(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
+        """`step` without the clean pass, which `finish` (or the next `generate`) does."""
+        self.finish()
+        rows = self._rows(keys)
+        timings: dict[str, float] = {}
+        with self._timed(timings, "control"):
+            control = self._control(rows)
+            shared = self._inputs(self.preset.stream.chunk, control)
+        with self._timed(timings, "denoise"):
+            x0 = denoise_chunk(self.dit, self._noise(), self._schedule, renoise=self._renoise, **shared)
+        with self._timed(timings, "decode"):
+            frames = to_uint8(self._decoder.decode(x0))[0].cpu().numpy()
+        self._pending = lambda: self._write(_Written(x0, control), shared["camera"])
+        self._log.extend(rows.tobytes())
+        self.last_frame, self.last_timings = frames[-1], timings
+        return frames
+
+    def finish(self) -> None:
+        """The clean pass of the last chunk, if it is still to be done."""
+        if self._pending is not None:
+            timings = dict(self.last_timings)
+            with self._timed(timings, "clean pass"):
+                self._pending()
+            self._pending, self.last_timings = None, timings
+
+    def _rows(self, keys) -> np.ndarray:
+        count = self.next_frames
+        rows = np.asarray(keys) if isinstance(keys, np.ndarray) else held(keys)
+        if rows.ndim == 1:
+            rows = np.repeat(rows[None], count, axis=0)
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} rows of keys for a chunk of {count} pixel frames: give one row for each")
+        rows = check_keys(rows).copy()
+        if not self._begun:
+            rows[0] = False  # without image_first this row is the way into the start image, which is denoised too
+        return rows
+
+    def _control(self, rows: np.ndarray) -> Tensor | None:
+        if self.preset.model.control_channels == 0:
+            return None
+        return self.path.push(rows)[None].to(self.device)
+
+    def _condition_frames(self, start: int, count: int) -> list[int]:
+        """The condition of frame i; after a clip's length, that of its last frame for ever."""
+        last = self._condition.shape[2] - 1
+        return [min(start + i, last) for i in range(count)]
+
+    def _noise(self) -> Tensor:
+        shape = self.shape
+        size = (1, LATENT_CHANNELS, self.preset.stream.chunk, shape.latent_height, shape.latent_width)
+        return torch.randn(size, generator=self._generator).to(self.device)
+
+    def _renoise(self, x0: Tensor) -> Tensor:
+        return gaussian(x0, self._generator)
+
+    @contextmanager
+    def _timed(self, timings: dict[str, float], name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        timings[name] = 1000 * (time.perf_counter() - started)
+
+    # -- keeping and repeating ------------------------------------------------------------------------------------
+
+    @property
+    def poses(self) -> np.ndarray:
+        """Camera poses float64 [n, 4, 4] that the keys since the last reset walk, one for each pixel frame."""
+        return self._walk(self._held_rows())
+
+    def _held_rows(self) -> np.ndarray:
+        return np.frombuffer(bytes(self._log), bool).reshape(-1, len(KEYS))
+
+    def _walk(self, rows: np.ndarray) -> np.ndarray:
+        if self.preset.model.control_channels == TINY:
+            return camera.poses_from_keys(rows, move=0.0, turn=camera.TINY_TURN)
+        return camera.poses_from_keys(rows)
+
+    def recording(self) -> Recording:
+        """What was played since the last reset."""
+        rows = self._held_rows()
+        return Recording(
+            self.preset.name,
+            self._start,
+            self._origin["prompt"],
+            self.seed,
+            self._origin["steps"],
+            rows,
+            self._walk(rows),
+            tuple(self._changes),
+            self._origin["window"],
+            self._origin["sink"],
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next chunk depends on besides the weights, as tensors on the CPU."""
+        self.finish()
+        return {
+            **_prefixed("cache", self._cache.state_dict()),
+            **_prefixed("decoder", self._decoder.state_dict()),
+            **_prefixed("memory", self._memory.state_dict()),
+            "generator": self._generator.get_state(),
+            "start": torch.from_numpy(self._start.copy()),
+            "start_keys": torch.from_numpy(self._start_keys.astype(np.uint8)),
+            "first_frame": torch.from_numpy(self.first_frame.copy()),
+            "last_frame": torch.from_numpy(self.last_frame.copy()),
+            "keys": torch.from_numpy(self._held_rows().astype(np.uint8)),
+            "card": torch.tensor(list(json.dumps(self._card()).encode()), dtype=torch.uint8),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken: the same keys then give the same frames.
+
+        Raises ValueError for a state of another preset or stream; nothing has changed then.
+        """
+        card = json.loads(bytes(state["card"].tolist()))
+        self._check_card(card)
+        self.preset = replace(self.preset, stream=StreamSettings(**card["stream"]))
+        self._cache = self._new_cache()
+        self._set_prompt(card["prompt"])
+        self._set_steps(card["steps"])
+        self._set_start(state["start"].numpy(), state["start_keys"].numpy().astype(bool))
+        self._cache.load_state_dict(_stripped("cache", state))
+        self._decoder.load_state_dict(_stripped("decoder", state))
+        self._memory.load_state_dict(_stripped("memory", state), self.device)
+        self.path.frames, self.path.pitch = card["path_frames"], card["pitch"]
+        self._generator.set_state(state["generator"])
+        self.seed, self._origin = card["seed"], card["origin"]
+        self._changes = [(at, change) for at, change in card["changes"]]
+        self._log = bytearray(state["keys"].numpy().astype(bool).tobytes())
+        self.first_frame, self.last_frame = state["first_frame"].numpy(), state["last_frame"].numpy()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole state to a safetensors file."""
+        return _save(path, self.state_dict(), {"kind": "session", "preset": self.preset.name})
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file that `save` wrote."""
+        self.load_state_dict(_load(path)[0])
+
+    def _card(self) -> dict:
+        return {
+            "preset": self.preset.name,
+            "stream": asdict(self.preset.stream),
+            "model": str(self.preset.model),
+            "shape": str(self.shape),
+            "prompt": self._prompt,
+            "steps": self._steps,
+            "seed": self.seed,
+            "path_frames": self.path.frames,
+            "pitch": self.path.pitch,
+            "origin": self._origin,
+            "changes": self._changes,
+        }
+
+    def _check_card(self, card: dict) -> None:
+        mine, theirs = self._card(), dict(card)
+        # Window and sink are settings that the state brings along; the rest of the stream is the model's.
+        for entry in (mine, theirs):
+            stream = entry.get("stream") or {}
+            entry["stream"] = {name: value for name, value in stream.items() if name not in ("window", "sink")}
+        for name in ("preset", "stream", "model", "shape"):
+            if theirs.get(name) != mine[name]:
+                raise ValueError(
+                    f"the saved state has {name} {theirs.get(name)}, this session {mine[name]}: open it with the same"
+                )
+
+
+def _prefixed(group: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}.{name}": tensor for name, tensor in state.items()}
+
+
+def _stripped(group: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{group}."): part for name, part in state.items() if name.startswith(f"{group}.")}
+
+
+def replay(session: Session, recording: Recording) -> Iterator[np.ndarray]:
+    """Play a recording again in `session`: yields its first frame [1, H, W, 3], then chunk by chunk u8 [n, H, W, 3].
+
+    On the same device, with the same weights, the frames are the same. Raises ValueError for another preset.
+    """
+    if recording.preset != session.preset.name:
+        raise ValueError(f"the recording is of preset '{recording.preset}', the session of '{session.preset.name}'")
+    session._set_prompt(recording.prompt)
+    session._set_steps(recording.steps)
+    session._set_stream(window=recording.window, sink=recording.sink)
+    session.seed = recording.seed
+    begun = len(recording.start)
+    session.start_clip(recording.start, np.pad(recording.keys[: begun - 1], ((1, 0), (0, 0))))
+    changes = list(recording.changes)
+    yield session.first_frame[None]
+    at = begun
+    while at <= len(recording.keys):
+        while changes and changes[0][0] <= at:
+            for name, value in changes.pop(0)[1].items():
+                setattr(session, name, value)
+        rows = recording.keys[at - 1 : at - 1 + session.next_frames]
+        yield session.step(rows)
+        at += len(rows)
+
+
+def live_path(preset: Preset, device=None) -> camera.LivePath:
+    """The path of keys to camera control that the preset's model was trained with."""
+    shape = preset.shape
+    channels = preset.model.control_channels
+    if channels == TINY:
+        intrinsics = camera.scale_intrinsics(TINY_INTRINSICS, shape.height, shape.width, source=TINY_SIZE)
+        return camera.LivePath.tiny(intrinsics, shape, device=device)
+    intrinsics = camera.scale_intrinsics(LINGBOT_INTRINSICS, shape.height, shape.width)
+    if channels == ACT:
+        return camera.LivePath.act(intrinsics, shape, device=device)
+    return camera.LivePath.cam(intrinsics, shape, preset.world_scale, device=device)
+
+
+def fit_image(image: np.ndarray | str | Path, shape: VideoShape) -> np.ndarray:
+    """A start image as u8 [H, W, 3] of the world's size: cropped to the middle and resized, with a warning, if need be.
+
+    image: u8 [h, w, 3] or a picture file. Raises FileNotFoundError, or ValueError for what is no picture.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(_checked_picture(image)) if isinstance(image, np.ndarray) else _open(image)
+    size = shape.width, shape.height
+    if picture.size == size:
+        return np.array(picture)
+    wide, high = picture.size
+    scale = max(size[0] / wide, size[1] / high)
+    cut_wide, cut_high = size[0] / scale, size[1] / scale
+    left, top = (wide - cut_wide) / 2, (high - cut_high) / 2
+    lost = 1 - cut_wide * cut_high / (wide * high)
+    told = f"start image of {wide}x{high} resized to {size[0]}x{size[1]}"
+    warnings.warn(told + (f", {lost:.0%} of it cut off at the edges" if lost > 0.005 else ""), stacklevel=3)
+    box = (left, top, left + cut_wide, top + cut_high)
+    return np.array(picture.resize(size, Image.Resampling.LANCZOS, box=box))
+
+
+def _checked_picture(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"start image is {image.dtype} {image.shape}: give uint8 [height, width, 3]")
+    return image
+
+
+def _open(path: str | Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture that can be read: give a png or jpeg") from error
+
+
+def _placed(module, device: torch.device, dtype: torch.dtype | None):
+    """The module itself where it already is what is asked for, else a copy: the caller's weights are never changed."""
+    first = next(module.parameters())
+    dtype = dtype or first.dtype
+    if first.device == device and first.dtype == dtype:
+        return module
+    return copy.deepcopy(module).to(device, dtype)
+
+
+# -- dtype and threads ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest dtype and thread count, and the median milliseconds of everything tried, (dtype, threads) -> ms."""
+
+    dtype: torch.dtype
+    threads: int
+    milliseconds: dict[tuple[torch.dtype, int], float] = field(default_factory=dict)
+
+    def apply(self) -> "Choice":
+        """Make torch use the chosen thread count."""
+        torch.set_num_threads(self.threads)
+        return self
+
+
+def choose_dtype(
+    make: Callable[[torch.dtype], Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    threads: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Choice:
+    """Try every dtype and thread count for about `seconds` in all and choose the fastest.
+
+    `make(dtype)` returns the thing to time, for example `lambda dtype: partial(Session(…, dtype=dtype).step, "w")`; its
+    first call is not counted. By default one thread and as many as torch uses now are tried. fp32 wins a near tie (5%).
+    """
+    now = torch.get_num_threads()
+    counts = tuple(dict.fromkeys(threads or (1, now)))
+    each = seconds / (len(dtypes) * len(counts))
+    tried: dict[tuple[torch.dtype, int], float] = {}
+    try:
+        for dtype in dtypes:
+            run = make(dtype)
+            for count in counts:
+                torch.set_num_threads(count)
+                tried[dtype, count] = 1000 * _median_seconds(run, each, clock)
+    finally:
+        torch.set_num_threads(now)
+    handicap = {torch.float32: 1.0}
+    best = min(tried, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.05))
+    return Choice(*best, milliseconds=tried)
+
+
+def _median_seconds(run: Callable[[], object], budget: float, clock: Callable[[], float]) -> float:
+    run()
+    began, times = clock(), []
+    while not times or clock() - began < budget:
+        started = clock()
+        run()
+        times.append(clock() - started)
+    return float(np.median(times))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _save(path: str | Path, tensors: dict[str, Tensor], card: dict) -> Path:
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, str(temporary), metadata={"card": json.dumps(card)})
+    os.replace(temporary, path)
+    return path
+
+
+def _load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(str(path), "pt") as file:
+            card = json.loads((file.metadata() or {}).get("card", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, card
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): it may still be written") from error
+
+
+def with_chunk(preset: Preset, chunk: int) -> Preset:
+    """The preset with another chunk length, its window widened if it could not hold it."""
+    stream = preset.stream
+    window = stream.window and max(stream.window, stream.sink + chunk)
+    return replace(preset, stream=replace(stream, chunk=chunk, window=window))

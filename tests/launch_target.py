@@ -1,0 +1,48 @@
+"""What test_launch starts on other processes."""
+
+import os
+import signal
+
+import torch
+from micro_world import random_batch, random_dit
+
+from lingbot_nb.distill import parallel, train
+from lingbot_nb.presets import MICRO
+from lingbot_nb.world.latents import Batch
+
+GLOBAL_BATCH = 4
+
+
+def global_batches():
+    """This rank's rows of batches 0, 1, 2, …"""
+    rank, ranks = parallel.place()
+    rows = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
+    number = 0
+    while True:
+        whole = random_batch(number, GLOBAL_BATCH)
+        yield Batch(whole.latents[rows], whole.condition[rows], whole.control[rows], whole.context[rows])
+        number += 1
+
+
+def curve(steps, checkpoint=None, log_every=1):
+    """Teacher forcing with context noise, EMA and AdamW: every kind of draw, on shared noise."""
+    dit = random_dit()
+    stream = train.Stream(global_batches())
+    state = train.TrainState.of(
+        {"student": dit}, {"student": 1e-3}, seed=3, average={"student": 0.9}, streams={"batches": stream}
+    )
+    step = train.forcing_step(dit, stream, MICRO.stream, shift=MICRO.flow.shift, context_noise=0.1)
+    yield from train.fit(step, state, steps=steps, checkpoint=checkpoint, every=1000, log_every=log_every)
+
+
+def failing(how):
+    """Two rows, then rank 1 goes."""
+    rank, _ = parallel.place()
+    for step in range(100):
+        if step == 2 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ArithmeticError("rank one cannot count")
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(torch.zeros(1))
+        yield {"step": step, "loss": float("nan"), "chatter": print(f"hello from {rank}")}

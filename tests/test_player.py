@@ -1,0 +1,493 @@
+"""The player without a browser: keys, credit, the two threads, the headless script, movies and the widget tree."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from fake_session import FakeSession, read_keys, read_number
+
+from lingbot_nb.control.keys import held, parse_keys
+from lingbot_nb.stream import look
+from lingbot_nb.stream.movie import Movie, read_movie, write_movie
+from lingbot_nb.stream.playback import HOLD_LIMIT, REPEAT_LIMIT, Credit, HeldKeys, Playback
+from lingbot_nb.stream.player import letter_of, play, play_script, stop
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Viewer:
+    """Collects frames, acknowledges them unless told not to, and lets a test wait for something it has seen."""
+
+    def __init__(self, answers: bool = True):
+        self.frames, self.answers, self.playback = [], answers, None
+        self._change = threading.Condition()
+
+    def __call__(self, number, frame):
+        with self._change:
+            self.frames.append(frame)
+            self._change.notify_all()
+        if self.answers:
+            self.playback.acknowledge(number)
+
+    def wait(self, seen, timeout=10.0):
+        with self._change:
+            assert self._change.wait_for(lambda: seen(self.frames), timeout), "the viewer never saw it"
+
+    @property
+    def numbers(self):
+        return [read_number(frame) for frame in self.frames]
+
+
+@pytest.fixture
+def running():
+    """Start playbacks that end with the test."""
+    started = []
+
+    def start(session, viewer, fps=400.0, credit=None):
+        playback = Playback(session, viewer, fps=fps, credit=credit)
+        viewer.playback = playback
+        started.append(playback)
+        return playback.start()
+
+    yield start
+    for playback in started:
+        playback.stop()
+        assert not playback.running
+
+
+# -- held keys --------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_held_until_released():
+    keys = HeldKeys(Clock())
+    keys.press("KeyW", "w")
+    keys.press("KeyL", "l")
+    assert keys.names() == {"w", "l"}
+    keys.release("KeyW")
+    assert keys.names() == {"l"}
+
+
+def test_a_short_tap_counts_once():
+    keys = HeldKeys(Clock())
+    keys.press("KeyW", "w")
+    keys.release("KeyW")
+    assert keys.names() == set()
+    assert keys.read()[0] == {"w"}
+    assert keys.read()[0] == set()
+
+
+def test_two_keys_with_one_meaning():
+    keys = HeldKeys(Clock())
+    keys.press("KeyW", "w")
+    keys.press("ArrowUp", "w")
+    keys.release("KeyW")
+    assert keys.names() == {"w"}
+
+
+def test_a_repeating_key_that_falls_silent_is_lost():
+    clock = Clock()
+    keys = HeldKeys(clock)
+    keys.press("KeyW", "w")
+    clock.now += 0.4
+    keys.press("KeyW", "w", repeat=True)
+    clock.now += REPEAT_LIMIT - 0.01
+    assert keys.names() == {"w"}
+    clock.now += 0.02
+    assert keys.names() == set()
+    keys.press("KeyW", "w", repeat=True)  # it was down after all
+    assert keys.names() == {"w"}
+
+
+def test_the_rest_of_a_chord_outlives_the_repeats():
+    clock = Clock()
+    keys = HeldKeys(clock)
+    keys.press("KeyW", "w")
+    keys.press("KeyL", "l")
+    keys.press("KeyL", "l", repeat=True)
+    keys.release("KeyL")
+    clock.now += HOLD_LIMIT - 0.1
+    assert keys.names() == {"w"}
+    clock.now += 0.2
+    assert keys.names() == set()
+
+
+def test_read_tells_when_the_oldest_change_came():
+    clock = Clock()
+    keys = HeldKeys(clock)
+    assert keys.read() == (frozenset(), None)
+    keys.press("KeyW", "w")
+    clock.now += 0.1
+    keys.press("KeyL", "l")
+    assert keys.read() == (frozenset("wl"), 100.0)
+    assert keys.read() == (frozenset("wl"), None)
+    clock.now += 1
+    keys.clear()
+    assert keys.read() == (frozenset(), 101.1)
+
+
+@pytest.mark.parametrize(
+    ("event", "letter"),
+    [
+        ({"key": "w", "code": "KeyW"}, "w"),
+        ({"key": "W", "code": "KeyW"}, "w"),
+        ({"key": "ArrowLeft", "code": "ArrowLeft"}, "j"),
+        ({"key": "ц", "code": "KeyW"}, "w"),
+        ({"key": "w", "code": "Comma"}, "w"),
+        ({"key": "z", "code": "KeyW"}, None),
+        ({"key": "Shift", "code": "ShiftLeft"}, None),
+        ({"key": "Dead", "code": "KeyE"}, None),
+    ],
+)
+def test_letters_of_events(event, letter):
+    assert letter_of(event) == letter
+
+
+# -- credit -----------------------------------------------------------------------------------------------------------
+
+
+def test_credit_lets_two_frames_travel():
+    credit = Credit(window=2, timeout=0.0)
+    assert credit.wait() and credit.send() == 1
+    assert credit.wait() and credit.send() == 2
+    assert not credit.wait()
+    credit.acknowledge(2)  # stands for 1 as well
+    assert credit.wait() and credit.send() == 3
+
+
+def test_credit_ignores_frames_never_sent():
+    credit = Credit(window=1, timeout=0.0)
+    credit.send()
+    credit.acknowledge(99)
+    credit.send()
+    assert not credit.wait()
+
+
+# -- playback ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_every_frame_is_shown_once_and_in_order(running, chunk):
+    viewer = Viewer()
+    running(FakeSession(chunk=chunk), viewer)
+    viewer.wait(lambda frames: len(frames) > 30)
+    numbers = viewer.numbers
+    assert numbers == list(range(len(numbers)))
+
+
+def test_held_keys_reach_the_frames_and_leave_them(running):
+    viewer = Viewer()
+    playback = running(FakeSession(), viewer)
+    playback.held.press("KeyW", "w")
+    playback.held.press("KeyL", "l")
+    viewer.wait(lambda frames: read_keys(frames[-1]) == "wl")
+    playback.held.clear()
+    viewer.wait(lambda frames: read_keys(frames[-1]) == "")
+
+
+def test_keys_are_read_after_the_chunk_before_is_on_screen(running):
+    """At most one chunk waits: the session is never more than two chunks ahead of the viewer."""
+    session, viewer = FakeSession(), Viewer()
+    ahead = []
+    generate = session.generate
+
+    def watched(keys):
+        ahead.append(session.number - (viewer.numbers or [0])[-1])
+        return generate(keys)
+
+    session.generate = watched
+    running(session, viewer)
+    viewer.wait(lambda frames: len(frames) > 40)
+    assert max(ahead) <= session.next_frames
+
+
+def test_a_silent_viewer_stops_the_world_and_a_returning_one_resumes_it(running):
+    session, viewer = FakeSession(), Viewer(answers=False)
+    playback = running(session, viewer, credit=Credit(window=2, timeout=0.02))
+    viewer.wait(lambda frames: len(frames) >= 12)
+    assert playback.read_out().state == "waiting"
+    assert set(viewer.numbers) <= {0, 1}  # the same picture is sent again and again, asking for an answer
+    assert session.number <= 2 * session.next_frames
+    viewer.answers = True
+    playback.acknowledge(playback.credit.sent)
+    viewer.wait(lambda frames: read_number(frames[-1]) >= 20)
+    assert playback.read_out().state == "playing"
+    fresh = sorted(set(viewer.numbers))
+    assert fresh == list(range(len(fresh)))
+
+
+def test_pause_holds_and_reset_shows_the_first_frame(running):
+    viewer = Viewer()
+    playback = running(FakeSession(), viewer)
+    viewer.wait(lambda frames: len(frames) > 10)
+    playback.pause()
+    assert playback.read_out().state == "paused"
+    playback.reset()
+    viewer.wait(lambda frames: read_number(frames[-1]) == 0)
+    count = len(viewer.frames)
+    playback.pause(False)
+    viewer.wait(lambda frames: len(frames) > count + 8)
+    assert viewer.numbers[count : count + 8] == list(range(1, 9))
+
+
+def test_reset_shows_nothing_stale(running):
+    viewer = Viewer()
+    playback = running(FakeSession(chunk=3), viewer)
+    viewer.wait(lambda frames: len(frames) > 30)
+    playback.reset()
+    viewer.wait(lambda frames: 0 in [read_number(frame) for frame in frames[30:]])
+    viewer.wait(lambda frames: 14 < read_number(frames[-1]) < 40)
+    numbers = viewer.numbers
+    after = numbers[len(numbers) - 1 - numbers[::-1].index(0) :]
+    assert after == list(range(len(after)))
+
+
+def test_a_script_is_played_frame_by_frame_and_then_the_keyboard(running):
+    viewer = Viewer()
+    playback = Playback(FakeSession(), viewer, fps=400.0)
+    viewer.playback = playback
+    playback.play_keys("w-5,jl-2")
+    playback.held.press("KeyA", "a")
+    playback.start()
+    viewer.wait(lambda frames: len(frames) > 10)
+    playback.stop()
+    assert [read_keys(frame) for frame in viewer.frames[1:10]] == ["w"] * 5 + ["jl"] * 2 + ["a"] * 2
+
+
+def test_an_error_is_told_and_reset_goes_on(running):
+    session, viewer = FakeSession(), Viewer()
+    good = session.generate
+
+    def bad(keys):
+        raise RuntimeError("the GPU is full")
+
+    playback = running(session, viewer)
+    viewer.wait(lambda frames: len(frames) > 4)
+    session.generate = bad
+    for _ in range(200):
+        if playback.read_out().state == "failed":
+            break
+        threading.Event().wait(0.01)
+    now = playback.read_out()
+    assert now.state == "failed" and "the GPU is full" in now.message
+    session.generate = good
+    count = len(viewer.frames)
+    playback.reset()
+    viewer.wait(lambda frames: len(frames) > count + 8)
+    assert playback.read_out().state == "playing"
+
+
+def test_latency_runs_from_key_to_acknowledged_frame(running):
+    viewer = Viewer()
+    playback = running(FakeSession(), viewer)
+    viewer.wait(lambda frames: len(frames) > 4)
+    assert np.isnan(playback.read_out().latency_ms)
+    playback.held.press("KeyW", "w")
+    viewer.wait(lambda frames: read_keys(frames[-1]) == "w")
+    viewer.wait(lambda frames: read_number(frames[-1]) % 4 == 0)
+    assert 0 < playback.read_out().latency_ms < 5000
+
+
+def test_play_script_rounds_up_to_whole_chunks():
+    frames = play_script(FakeSession(chunk=3), "w-5,l-9")
+    assert frames.shape == (1 + 24, 96, 160, 3)
+    assert [read_number(frame) for frame in frames] == list(range(25))
+    expected = ["w"] * 5 + ["l"] * 9 + [""] * 10
+    assert [read_keys(frame) for frame in frames[1:]] == expected
+    again = play_script(FakeSession(chunk=3), parse_keys("w-5,l-9"))
+    assert np.array_equal(frames, again)
+
+
+# -- movies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_movie_keeps_size_length_and_markers(tmp_path):
+    pytest.importorskip("av")
+    frames = play_script(FakeSession(), "w-8,l-8")
+    path = write_movie(tmp_path / "walk.mp4", frames)
+    back = read_movie(path)
+    assert back.shape == frames.shape
+    assert [read_number(frame) for frame in back] == list(range(len(frames)))
+    assert [read_keys(frame) for frame in back] == [read_keys(frame) for frame in frames]
+    assert np.abs(back.astype(int) - frames).mean() < 6
+    assert [file.name for file in tmp_path.iterdir()] == ["walk.mp4"]
+
+
+def test_a_movie_that_fails_leaves_the_old_one(tmp_path):
+    pytest.importorskip("av")
+    path = tmp_path / "walk.mp4"
+    path.write_bytes(b"old")
+    frame = np.zeros((33, 47, 3), np.uint8)
+    with pytest.raises(ValueError, match="one size"):
+        write_movie(path, [frame, frame[:-1]])
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="no frames"):
+        write_movie(path, [])
+    assert read_movie(write_movie(path, [frame], scale=2)).shape == (1, 66, 94, 3)
+    with Movie(path) as movie:
+        movie.append(frame)
+    assert read_movie(path).shape == (1, 34, 48, 3)  # odd sizes are padded
+
+
+# -- look -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_users_wrote_is_escaped():
+    evil = "<script>alert(1)</script>"
+    for text in (
+        look.header(evil, evil, "playing"),
+        look.veil("failed", evil),
+        look.message(evil),
+        look.label("x", evil),
+    ):
+        assert "<script" not in text and "&lt;script" in text
+
+
+def test_key_caps_light_the_held_keys():
+    caps = look.key_caps({"w", "l"}, "wasdjl")
+    assert 'lb-down">W' in caps and 'lb-down">L' in caps and caps.count("lb-down") == 2
+    assert 'lb-cap lb-none"></span>' in caps and ">I<" not in caps
+    assert 'aria-label="keys held: L, W"' in caps
+
+
+def test_statistics_show_dashes_for_nothing():
+    text = look.statistics(0.0, float("nan"), 0, 12.4)
+    assert text.count("–") == 2 and "12 <small>ms</small>" in text
+
+
+# -- widgets, without a browser ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_player():
+    pytest.importorskip("ipyevents")
+    yield
+    stop()
+
+
+def _press(player, kind, key, **flags):
+    code = {" ": "Space"}.get(key, key if len(key) > 1 else f"Key{key.upper()}")
+    player._on_event({"type": kind, "key": key, "code": code, **flags})
+
+
+def test_keys_of_the_panel(one_player):
+    player = play(FakeSession()).player
+    _press(player, "keydown", "w")
+    _press(player, "keydown", "ArrowRight")
+    assert player.held.names() == {"w", "l"}
+    assert player.panel.caps.value.count("lb-down") == 2
+    _press(player, "keyup", "w")
+    assert player.held.names() == {"l"}
+    player._on_event({"type": "mouseleave"})
+    assert player.held.names() == set() and "lb-down" not in player.panel.caps.value
+    _press(player, "keydown", "w")
+    _press(player, "keydown", "Tab", altKey=True)
+    assert player.held.names() == set()
+    _press(player, "keydown", "i")  # this model was not taught to look up
+    assert player.held.names() == set()
+
+
+def test_space_pauses_and_keys_wait(one_player):
+    player = play(FakeSession()).player
+    _press(player, "keydown", " ")
+    assert player.playback.paused and "Paused" in player.panel.veil.value
+    _press(player, "keydown", " ", repeat=True)
+    assert player.playback.paused
+    _press(player, "keydown", "w")
+    assert player.held.names() == set()
+    _press(player, "keydown", " ")
+    assert not player.playback.paused
+
+
+def test_run_all_twice_leaves_one_player(one_player):
+    first = play(FakeSession()).player
+    second = play(FakeSession()).player
+    assert not first.playback.running and second.playback.running
+    assert "newer player" in first.panel.veil.value and first.panel.record.disabled
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("lingbot-")]
+    assert sorted(names) == ["lingbot-model", "lingbot-presenter", "lingbot-readout"]
+
+
+def test_stopping_twice_keeps_the_first_words(one_player):
+    player = play(FakeSession()).player
+    player.stop("Stopped: the kernel was interrupted.")
+    stop()
+    assert "was interrupted" in player.panel.veil.value
+    assert not player.playback.running
+
+
+def test_a_session_that_breaks_while_paused_is_told(running):
+    session = FakeSession()
+    playback = running(session, viewer := Viewer())
+    viewer.wait(lambda frames: len(frames) > 2)
+    playback.pause()
+
+    def check():
+        raise RuntimeError("rank 1 has ended")
+
+    session.check = check
+    for _ in range(300):
+        if playback.read_out().state == "failed":
+            break
+        threading.Event().wait(0.01)
+    assert "rank 1 has ended" in playback.read_out().message
+
+
+def test_a_bad_script_keeps_the_running_player(one_player):
+    first = play(FakeSession()).player
+    with pytest.raises(ValueError, match="x"):
+        play(FakeSession(), script="x-4")
+    assert first.playback.running
+
+
+def test_settings_reach_the_session(one_player):
+    scenes = [np.full((96, 160, 3), 40, np.uint8), np.full((96, 160, 3), 90, np.uint8)]
+    session = FakeSession()
+    player = play(session, scenes=scenes).player
+    player.panel.prompts.value = session.prompts[1]
+    player.panel.steps.value = 2
+    player.panel.seed.value = 7
+    player.panel.scenes[1].click()
+    for _ in range(300):
+        if session.start_image is scenes[1]:
+            break
+        player.playback.acknowledge(player.playback.credit.sent)
+        threading.Event().wait(0.01)
+    assert (session.prompt, session.steps, session.seed) == (session.prompts[1], 2, 7)
+    assert session.start_image is scenes[1]
+
+
+def test_a_recording_holds_frames_and_keys(one_player, tmp_path):
+    pytest.importorskip("av")
+    player = play(FakeSession(), folder=tmp_path, script="w-40,l-40", fps=200).player
+    player.panel.record.click()
+    answer = player._show
+
+    def answering(number, frame):
+        answer(number, frame)
+        player.playback.acknowledge(number)
+
+    player.playback._show = answering
+    player.playback.acknowledge(player.playback.credit.sent)
+    for _ in range(500):
+        if player._shown > 60:
+            break
+        threading.Event().wait(0.01)
+    player.panel.record.click()
+    (movie,) = tmp_path.glob("*.mp4")
+    card = json.loads(movie.with_suffix(".json").read_text())
+    keys = parse_keys(card["keys"])
+    frames = read_movie(movie)
+    assert len(keys) == len(frames) == card["pixel_frames"] > 30
+    small = frames[:, 1::3, 1::3]
+    shown = [read_number(frame) for frame in small]
+    assert shown == list(range(shown[0], shown[0] + len(shown)))
+    assert all(np.array_equal(held(read_keys(frame)), row) for frame, row in zip(small, keys, strict=True))
+    assert card["prompt"] == "a painted corridor" and card["seed"] == 0
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))

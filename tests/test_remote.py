@@ -1,0 +1,145 @@
+"""A session in two other processes: the same frames, agreement before a chunk, death noticed and mended."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from fake_session import read_keys, read_number
+from far_session import broken, in_folder, micro, painted, refusing
+
+from lingbot_nb.stream.playback import Playback, play_script
+from lingbot_nb.stream.remote import Lost, RemoteSession
+
+
+@pytest.fixture
+def far():
+    """Start remote sessions that end with the test."""
+    started = []
+
+    def start(make, world=2, **options):
+        started.append(RemoteSession(make, world, **options))
+        return started[-1]
+
+    yield start
+    for session in started:
+        processes = [process for process, _ in session._workers]
+        session.close()
+        assert not any(process.is_alive() for process in processes)
+
+
+def pids(session):
+    return [process.pid for process, _ in session._workers]
+
+
+def lines(folder, rank):
+    file = folder / f"rank-{rank}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_frames_of_two_processes_are_those_of_one(far):
+    away, here = far(micro), micro()
+    assert (away.about, away.next_frames, away.window, away.keys) == (here.about, 4, here.window, here.keys)
+    assert np.array_equal(away.first_frame, here.first_frame)
+    assert np.array_equal(play_script(away, "w-8,jl-4"), play_script(here, "w-8,jl-4"))
+    for session in (away, here):
+        session.prompt = "a burning forest"
+        session.steps = 1
+        session.window = 3
+    assert np.array_equal(away.step("w"), here.step("w"))
+    assert away.steps == 1 and away.pixel_frames == here.pixel_frames == 17
+    one, other = away.ask("recording")
+    assert np.array_equal(one.keys, other.keys) and one.changes == other.changes
+    with pytest.raises(ValueError, match="at most 21"):
+        away.window = 50
+    with pytest.raises(ValueError, match="key 'q'"):
+        away.step("q")
+    assert np.array_equal(away.step("l"), here.step("l"))
+    away.reset(seed=9)
+    here.reset(seed=9)
+    assert np.array_equal(away.step("w"), here.step("w")) and away.seed == 9
+
+
+def test_an_error_of_one_rank_keeps_all_in_step(far):
+    session = far(refusing)
+    for key in ("i", "k"):  # both ranks refuse i, one of them k
+        with pytest.raises(ValueError, match="not known here"):
+            session.generate(key)
+        session.finish()
+    assert read_keys(session.step("w")[-1]) == "w"
+    calls = session.ask("calls")
+    assert len(calls[0]) == len(calls[1]) + 1  # what the second rank refused alone, and told
+
+
+def test_no_rank_begins_a_chunk_that_another_did_not_hear_of(far, tmp_path):
+    session = far(in_folder(tmp_path))
+    session.step("w")
+    os.kill(pids(session)[1], signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(Lost, match="rank 1 of 2 .*killed by signal 9"):
+        session.step("l")
+    assert time.monotonic() - began < 2
+    assert [line["keys"] for line in lines(tmp_path, 0)] == ["w"]
+    assert [line["keys"] for line in lines(tmp_path, 1)] == ["w"]
+    session.reset()
+    assert read_number(session.step("l")[-1]) == 4
+    assert lines(tmp_path, 0)[-1]["keys"] == lines(tmp_path, 1)[-1]["keys"] == "l"
+
+
+def test_a_hung_rank_is_ended_and_settings_come_back(far):
+    session = far(painted, seconds=20)
+    session.prompt = "the same corridor at night"
+    session.steps = 2
+    session._seconds = 0.3
+    os.kill(pids(session)[1], signal.SIGSTOP)
+    with pytest.raises(Lost, match="rank 1 of 2 has not answered for 0.3 s"):
+        session.generate("w")
+    assert not session.alive
+    session._seconds = 20
+    session.reset(seed=5)
+    assert (session.prompt, session.steps, session.seed) == ("the same corridor at night", 2, 5)
+    assert session.alive and read_keys(session.step("w")[0]) == "w"
+
+
+def test_a_session_that_cannot_be_built_says_why():
+    with pytest.raises(FileNotFoundError, match="weights of rank 0 are missing"):
+        RemoteSession(broken, 2)
+
+
+def test_a_paused_player_tells_of_a_death_and_restarts(far):
+    session = far(painted)
+    seen = threading.Condition()
+    frames = []
+
+    def show(number, frame):
+        with seen:
+            frames.append(frame)
+            seen.notify_all()
+        playback.acknowledge(number)
+
+    def wait(so, seconds=20):
+        with seen:
+            assert seen.wait_for(so, seconds), playback.read_out().message
+
+    playback = Playback(session, show, fps=200.0)
+    playback.start()
+    try:
+        wait(lambda: len(frames) > 8)
+        playback.pause()
+        os.kill(pids(session)[1], signal.SIGKILL)
+        died = time.monotonic()
+        while playback.read_out().state == "paused" and time.monotonic() - died < 5:
+            threading.Event().wait(0.01)
+        assert playback.read_out().state == "failed" and time.monotonic() - died < 2
+        assert "rank 1 of 2" in playback.read_out().message
+        playback.pause(False)
+        count = len(frames)
+        playback.reset()
+        wait(lambda: len(frames) > count + 8)
+        assert read_number(frames[count]) == 0
+        assert playback.read_out().state == "playing"
+    finally:
+        playback.stop()

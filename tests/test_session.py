@@ -1,0 +1,566 @@
+"""Session with random weights of the micro preset: causality, determinism, changes, state, recording, bad input."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_nb.control.keys import KEYS, held, parse_keys
+from lingbot_nb.distill.flow import few_steps
+from lingbot_nb.distill.rollout import Conditions, rollout, start_chunk
+from lingbot_nb.distill.train import TrainState, save_checkpoint
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.kv_cache import KVCache
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8, to_uint8
+from lingbot_nb.presets import MICRO
+from lingbot_nb.stream.follow import Newest
+from lingbot_nb.stream.playback import play_script
+from lingbot_nb.stream.session import Recording, Session, choose_dtype, fit_image, live_path, replay, with_chunk
+
+
+class Words:
+    """Prompts as seeded noise: one word, one row."""
+
+    def encode(self, prompt):
+        rows = [torch.randn(MICRO.model.text_dim, generator=torch.Generator().manual_seed(sum(map(ord, word))))
+                for word in prompt.split()]  # fmt: skip
+        return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    torch.manual_seed(0)
+    model = DiT(MICRO.model).eval()
+    for parameter in model.parameters():  # the zero layers of a fresh model would hide what reaches them
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(1)
+    return TinyVAE(MICRO_VAE).eval()
+
+
+def picture(seed=0):
+    y, x = np.mgrid[0 : MICRO.shape.height, 0 : MICRO.shape.width]
+    channels = [x * 5, y * 7, (x + y) * 3 + 40 * seed]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def make(dit, vae):
+    def session(preset=MICRO, **changes):
+        options = dict(start_image=picture(), prompt="a corridor", steps=2, seed=3)
+        return Session(preset, dit, vae, Words(), **{**options, **changes})
+
+    return session
+
+
+def walk(session, *chunks):
+    return np.concatenate([session.step(keys) for keys in chunks])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_same_seed_and_keys_give_the_same_frames(make, chunk):
+    preset = with_chunk(MICRO, chunk)
+    first = walk(make(preset), "w", "wl", "", "s")
+    assert first.shape == (4 * 4 * chunk, MICRO.shape.height, MICRO.shape.width, 3) and first.dtype == np.uint8
+    session = make(preset)
+    assert np.array_equal(walk(session, "w", "wl", "", "s"), first)
+    session.reset()
+    assert np.array_equal(walk(session, "w", "wl", "", "s"), first)
+    session.reset(seed=4)
+    assert not np.array_equal(walk(session, "w"), first[: 4 * chunk])
+
+
+def test_play_is_the_rollout_of_training(make, dit, vae):
+    """The session's frames are those of `rollout` and a whole-clip decode, given the same noise."""
+    frames = 4
+    rows = parse_keys("w-6,jl-2,d-4")
+    session = make()
+    played = np.concatenate([session.first_frame[None], *(session.step(rows[i : i + 4]) for i in range(0, 12, 4))])
+
+    shape = MICRO.shape.with_frames(frames)
+    image = from_uint8(torch.from_numpy(picture())[None, None])
+    path = live_path(MICRO)
+    control = path.push(np.concatenate([np.zeros((1, 8), bool), rows]))[None]
+    # One draw for the chunk's noise, then one for each step but the last: two a chunk here.
+    generator = torch.Generator().manual_seed(3)
+    size = (1, 16, 1, shape.latent_height, shape.latent_width)
+    draws = [[torch.randn(size, generator=generator) for _ in range(2)] for _ in range(frames - 1)]
+    noise = torch.cat([torch.zeros(size), *(draw[0] for draw in draws)], dim=2)
+    later = iter([draw[1] for draw in draws])
+    with torch.no_grad():
+        conditions = Conditions(dit.text(Words().encode("a corridor")[None]), control,
+                                vae.image_condition(image[:, :, 0], frames))  # fmt: skip
+        cache = KVCache(MICRO.model, MICRO.stream, shape)
+        steps = few_steps(MICRO.flow.labels(2), MICRO.flow.shift)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lingbot_nb.distill.rollout.gaussian", lambda like, _: next(later))
+            chunks = list(rollout(dit, noise, steps, conditions=conditions, cache=cache, settings=MICRO.stream,
+                                  generator=generator, start=vae.encode(image)))  # fmt: skip
+        whole = to_uint8(vae.decode(torch.cat(chunks, dim=2)))[0].numpy()
+    assert whole.shape == played.shape == (13, 32, 48, 3)
+    assert np.abs(whole.astype(int) - played).max() <= 1
+
+
+def test_keys_change_the_future_and_never_the_past(make):
+    a, b = make(), make()
+    assert np.array_equal(walk(a, "w", "w"), walk(b, "w", "w"))
+    assert not np.array_equal(a.step("j"), b.step("l"))
+    assert not np.array_equal(a.step(""), b.step(""))  # the past differs now, so the same keys do not meet again
+
+
+def test_keys_may_change_inside_a_chunk(make):
+    rows = np.repeat(held("w")[None], 4, axis=0)
+    assert np.array_equal(make().step("w"), make().step(rows))
+    assert np.array_equal(make().step({"w"}), make().step(held("w")))
+    rows[2:] = held("l")
+    assert not np.array_equal(make().step("w"), make().step(rows))
+
+
+def test_the_image_is_shown_first(make, vae):
+    session = make()
+    image = from_uint8(torch.from_numpy(picture())[None, None])
+    with torch.no_grad():
+        seen = to_uint8(vae.decode(vae.encode(image)))[0, 0].numpy()
+    assert np.array_equal(session.first_frame, seen)
+    assert np.array_equal(session.last_frame, seen)
+    frames = session.step("")
+    assert np.array_equal(session.last_frame, frames[-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_without_image_first_the_first_chunk_is_shorter_by_the_image(make, chunk):
+    preset = with_chunk(MICRO, chunk)
+    preset = replace(preset, stream=replace(preset.stream, image_first=False))
+    session = make(preset)
+    assert session.next_frames == 4 * chunk - 3
+    assert len(session.step("w")) == 4 * chunk - 3
+    assert session.next_frames == 4 * chunk
+    assert len(session.step("w")) == 4 * chunk
+
+
+def test_finish_may_wait_until_the_next_chunk(make):
+    session = make()
+    frames = [session.generate("w"), session.generate("l")]
+    assert "clean pass" not in session.last_timings
+    session.finish()
+    session.finish()
+    assert set(session.last_timings) == {"control", "denoise", "decode", "clean pass"}
+    assert np.array_equal(np.concatenate(frames), walk(make(), "w", "l"))
+
+
+def test_a_long_stream_stays_finite_and_holds_still_in_memory(make):
+    session = make(steps=1)
+    before = session._cache.occupancy().bytes
+    frames = walk(session, *["w"] * 40)
+    assert len(frames) == 160 and session.pixel_frames == 161
+    assert session._cache.occupancy().bytes == before
+    assert session._cache.frames_seen == 41
+    assert frames[-4:].std() > 0
+
+
+def test_prompt_and_steps_change_from_the_next_chunk(make):
+    plain, changed = make(), make()
+    assert np.array_equal(plain.step("w"), changed.step("w"))
+    changed.prompt = "a burning forest"
+    assert not np.array_equal(plain.step("w"), changed.step("w"))
+    plain.reset()
+    changed.reset()
+    assert changed.prompt == "a burning forest"
+    more = make(prompt="a burning forest")
+    assert np.array_equal(more.step("w"), changed.step("w"))
+    more.steps = 4
+    assert not np.array_equal(more.step("w"), changed.step("w"))
+
+
+def test_a_new_prompt_reads_the_chunks_in_sight_again_and_the_same_one_changes_nothing(make):
+    plain, same, other = make(), make(), make()
+    for session in (plain, same, other):
+        walk(session, "w", "l")
+    before = other._cache.ordered(1)[0]
+    same.prompt, other.prompt = same.prompt, "a burning forest"
+    after = other._cache.ordered(1)[0]
+    assert before.shape == after.shape and not torch.allclose(before, after)
+    torch.testing.assert_close(same._cache.ordered(1)[0], before, rtol=0, atol=1e-5)
+    # Rounding may move a pixel by one level where a chunk was read again.
+    assert np.abs(plain.step("w").astype(int) - same.step("w").astype(int)).max() <= 1
+
+
+def test_a_new_start_image_starts_anew(make):
+    session = make()
+    walk(session, "w", "l")
+    session.start_image = picture(1)
+    assert session.pixel_frames == 1
+    assert np.array_equal(walk(session, "w", "d"), walk(make(start_image=picture(1)), "w", "d"))
+
+
+def test_another_student_goes_on_with_the_same_cache(make, dit):
+    torch.manual_seed(5)
+    other = DiT(MICRO.model).eval()
+    same, swapped = make(), make()
+    walk(same, "w")
+    walk(swapped, "w")
+    swapped.use(dit)
+    assert np.array_equal(same.step("w"), swapped.step("w"))
+    swapped.use(other)
+    assert not np.array_equal(same.step("w"), swapped.step("w"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_state_through_a_file(make, tmp_path, chunk):
+    preset = with_chunk(MICRO, chunk)
+    session = make(preset)
+    walk(session, "w", "wl", "", "i", "w")
+    session.prompt = "a burning forest"
+    session.steps = 3
+    session.generate("a")
+    file = session.save(tmp_path / "state.safetensors")
+    expected = walk(session, "w", "j", "l")
+    fresh = make(preset, start_image=picture(2), seed=9)
+    fresh.step("s")
+    fresh.load(file)
+    assert (fresh.prompt, fresh.steps, fresh.seed) == ("a burning forest", 3, 3)
+    assert np.array_equal(fresh.start_image, picture())
+    assert np.array_equal(walk(fresh, "w", "j", "l"), expected)
+    assert np.array_equal(fresh.poses, session.poses)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    fresh.reset()
+    session.reset()
+    assert np.array_equal(fresh.step("w"), session.step("w"))
+
+
+def test_a_state_of_another_stream_is_refused_and_changes_nothing(make):
+    session = make()
+    session.step("w")
+    state = make(with_chunk(MICRO, 3)).state_dict()
+    with pytest.raises(ValueError, match="stream"):
+        session.load_state_dict(state)
+    twin = make()
+    twin.step("w")
+    assert np.array_equal(session.step("l"), twin.step("l"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_recording_plays_again_to_the_same_frames(make, tmp_path, chunk):
+    preset = with_chunk(MICRO, chunk)
+    session = make(preset)
+    frames = [session.first_frame[None], session.step("w")]
+    session.prompt = "a burning forest"
+    frames += [session.step("wl")]
+    session.steps = 1
+    frames += [session.step("j")]
+    file = session.recording().save(tmp_path / "walk.safetensors")
+    recording = Recording.load(file)
+    assert recording.keys.shape == (12 * chunk, 8) and recording.poses.shape == (12 * chunk + 1, 4, 4)
+    again = list(replay(make(preset, start_image=picture(2), prompt="else", steps=4, seed=8), recording))
+    assert np.array_equal(np.concatenate(again), np.concatenate(frames))
+
+
+def test_a_wider_window_in_mid_stream_is_as_if_it_had_always_been(make):
+    """While neither window has lost a frame yet, the rebuilt cache must equal the one that was wide from the start."""
+    changed, wide = make(), make(replace(MICRO, stream=replace(MICRO.stream, window=7, sink=2)))
+    for session in (changed, wide):
+        walk(session, "w", "l")
+    changed.window = 7
+    changed.sink = 2
+    assert (changed.window, changed.sink, changed.pixel_frames) == (7, 2, 9)
+    assert np.array_equal(walk(changed, *"wwjwww"), walk(wide, *"wwjwww"))
+    changed.reset()
+    wide.reset()
+    assert np.array_equal(changed.step("w"), wide.step("w"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_window_and_sink_change_far_out_and_are_recorded(make, chunk):
+    session = make(with_chunk(MICRO, chunk), steps=1)
+    frames = [session.first_frame[None], walk(session, *["w"] * 24)]
+    session.window = 3 + 2 * chunk
+    frames.append(walk(session, "w", "l"))
+    session.sink = 0
+    frames.append(walk(session, "w"))
+    assert session._cache.frames_seen <= session.window + 2 * chunk
+    again = list(replay(make(with_chunk(MICRO, chunk)), session.recording()))
+    assert np.array_equal(np.concatenate(again), np.concatenate(frames))
+    with pytest.raises(ValueError, match="at most 21"):
+        session.window = 40
+    with pytest.raises(ValueError, match="cannot hold sink"):
+        session.window = chunk - 1
+    assert session.window == 3 + 2 * chunk
+
+
+def clip(pixel_frames=9):
+    return np.stack([np.roll(picture(), 3 * number, axis=1) for number in range(pixel_frames)])
+
+
+def test_a_clip_is_where_play_begins(make, dit, vae):
+    """The cache after a clip is the one that the same latents, written chunk by chunk by hand, leave."""
+    keys = np.concatenate([np.zeros((1, 8), bool), parse_keys("w-5,l-3")])
+    session = make()
+    session.start_clip(clip(), keys)
+    video = from_uint8(torch.from_numpy(clip())[None])
+    cache = KVCache(MICRO.model, MICRO.stream, MICRO.shape)
+    with torch.no_grad():
+        x0, control = vae.encode(video), live_path(MICRO).push(keys)[None]
+        conditions = Conditions(dit.text(Words().encode("a corridor")[None]), control,
+                                vae.image_condition(video[:, :, 0], 3))  # fmt: skip
+        for i in range(3):
+            part = conditions.frames(i, i + 1)
+            start_chunk(dit, x0[:, :, i : i + 1], conditions=part, cache=cache)
+        seen = to_uint8(vae.decode(x0))[0].numpy()
+    mine = session._cache.state_dict()
+    assert all(torch.equal(part, mine[name]) for name, part in cache.state_dict().items())
+    assert np.array_equal(session.first_frame, seen[-1])
+    assert session.pixel_frames == 9 and len(session.poses) == 9
+    frames = walk(session, "w", "j")
+    assert not np.array_equal(frames, walk(make(), "w", "j"))
+    session.reset()
+    assert np.array_equal(walk(session, "w", "j"), frames)
+    recorded = np.concatenate(list(replay(make(), session.recording())))
+    assert np.array_equal(recorded[1:], frames)
+
+
+def test_a_picture_is_a_clip_of_one_frame(make):
+    session = make(start_image=picture(1))
+    session.start_clip(picture()[None])
+    assert np.array_equal(walk(session, "w", "d"), walk(make(), "w", "d"))
+    with pytest.raises(ValueError, match="give uint8 .4n . 1, 32, 48, 3"):
+        session.start_clip(clip(8))
+    with pytest.raises(ValueError, match="3 rows of keys for a clip of 9"):
+        session.start_clip(clip(), np.zeros((3, 8), bool))
+    assert session.pixel_frames == 9
+
+
+def test_state_brings_window_clip_and_memory_along(make, tmp_path):
+    session = make()
+    session.start_clip(clip())
+    walk(session, "w", "l", "w", "w")
+    session.window = 6
+    walk(session, "w")
+    file = session.save(tmp_path / "state.safetensors")
+    fresh = make()
+    fresh.load(file)
+    for other in (session, fresh):
+        other.window = 5
+    assert np.array_equal(walk(session, "w", "j"), walk(fresh, "w", "j"))
+    assert fresh.window == 5 and np.array_equal(fresh.poses, session.poses)
+
+
+def test_poses_follow_the_keys(make):
+    session = make()
+    walk(session, "l", "")
+    turned = np.degrees(np.arctan2(session.poses[-1][0, 2], session.poses[-1][2, 2]))
+    assert len(session.poses) == session.pixel_frames == 9
+    assert turned == pytest.approx(16)  # 4 degrees a pixel frame, to the right
+    session.reset()
+    assert np.array_equal(session.poses, np.eye(4)[None])
+
+
+def test_play_script_without_a_widget(make):
+    frames = play_script(make(), "w-4,l-3")
+    assert frames.shape == (9, 32, 48, 3)
+    rows = np.concatenate([parse_keys("w-4,l-3"), np.zeros((1, len(KEYS)), bool)])
+    session = make()
+    assert np.array_equal(frames[1:], walk(session, rows[:4], rows[4:]))
+
+
+def test_another_dtype_is_a_copy(make, dit):
+    session = make(dtype=torch.bfloat16)
+    assert session.step("w").std() > 0
+    assert next(dit.parameters()).dtype == torch.float32
+    assert make().dit is dit
+    assert "bf16" in session.about and "fp32" in make().about
+
+
+def test_pictures_are_fitted_and_told(tmp_path):
+    from PIL import Image
+
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 48:144] = 200  # the middle 96 columns are what 2:3 keeps
+    with pytest.warns(UserWarning, match="192x64 resized to 48x32, 50% of it cut off"):
+        fitted = fit_image(wide, MICRO.shape)
+    assert fitted.shape == (32, 48, 3) and fitted[:, 3:-3].min() >= 195
+    file = tmp_path / "start.png"
+    Image.fromarray(picture()).save(file)
+    assert np.array_equal(fit_image(file, MICRO.shape), picture())
+
+
+def test_bad_input_is_told_and_changes_nothing(make, tmp_path):
+    session = make()
+    with pytest.raises(ValueError, match="uint8"):
+        session.start_image = np.zeros((32, 48), np.float32)
+    with pytest.raises(FileNotFoundError):
+        session.start_image = tmp_path / "none.png"
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="bad.png is not a picture"):
+        session.start_image = tmp_path / "bad.png"
+    with pytest.raises(ValueError, match="0 student steps"):
+        session.steps = 0
+    with pytest.raises(ValueError, match="text states"):
+        session.prompt = "word " * 40
+    with pytest.raises(ValueError, match="3 rows of keys for a chunk of 4"):
+        session.step(np.zeros((3, 8), bool))
+    with pytest.raises(ValueError, match="key 'q'"):
+        session.step("q")
+    assert np.array_equal(session.step("w"), make().step("w"))
+    file = tmp_path / "half.safetensors"
+    file.write_bytes(session.save(tmp_path / "whole.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="half.safetensors is not a whole"):
+        session.load(file)
+
+
+def test_the_fastest_dtype_is_chosen():
+    now = [0.0]
+    cost = {torch.float32: 1.0, torch.bfloat16: 0.5}
+
+    def make(dtype):
+        def run():
+            now[0] += cost[dtype] / (1 if torch.get_num_threads() == 1 else 0.9)
+
+        return run
+
+    threads = torch.get_num_threads()
+    choice = choose_dtype(make, clock=lambda: now[0], threads=(1, 2))
+    assert (choice.dtype, choice.threads) == (torch.bfloat16, 1)
+    assert choice.milliseconds[torch.float32, 1] == pytest.approx(1000)
+    assert torch.get_num_threads() == threads
+    cost[torch.bfloat16] = 0.98
+    assert choose_dtype(make, clock=lambda: now[0], threads=(1, 2)).dtype == torch.float32
+
+
+def test_the_player_plays_and_records_a_real_session(make, tmp_path):
+    pytest.importorskip("ipyevents")
+    pytest.importorskip("av")
+    from lingbot_nb.stream.player import play, stop
+
+    session = make(steps=1)
+    player = play(session, folder=tmp_path, script="w-12", fps=200, scenes=[picture(), picture(1)]).player
+    show = player._show
+
+    def answering(number, frame):
+        show(number, frame)
+        player.playback.acknowledge(number)
+
+    try:
+        player.playback._show = answering
+        player.playback.acknowledge(player.playback.credit.sent)
+        player.panel.record.click()
+        for _ in range(500):
+            if player._shown > 24:
+                break
+            threading.Event().wait(0.01)
+    finally:
+        stop()
+    assert player.playback.read_out().message == ""
+    (file,) = tmp_path.glob("*.safetensors")
+    recording = Recording.load(file)
+    assert (recording.keys[:12] == held("w")).all() and len(recording.keys) >= 24
+    assert np.array_equal(list(replay(make(steps=1), recording))[-1][-1], session.last_frame)
+
+
+class Watched:
+    """A player without a browser: every frame is answered at once; `wait` lets it run until something is so."""
+
+    def __init__(self, session, **options):
+        from lingbot_nb.stream.player import play
+
+        self.player = play(session, fps=200, **options).player
+        show = self.player._show
+
+        def answering(number, frame):
+            show(number, frame)
+            self.player.playback.acknowledge(number)
+
+        self.player.playback._show = answering
+        self.player.playback.acknowledge(self.player.playback.credit.sent)
+
+    def wait(self, so):
+        for _ in range(1000):
+            if so():
+                return
+            threading.Event().wait(0.01)
+        raise AssertionError(f"it never came: {self.player.playback.read_out().message}")
+
+
+@pytest.fixture
+def watched():
+    pytest.importorskip("ipyevents")
+    from lingbot_nb.stream.player import stop
+
+    yield Watched
+    stop()
+
+
+def train_state(seed, average=True):
+    torch.manual_seed(seed)
+    dit = DiT(MICRO.model)
+    return TrainState.of({"student": dit}, {"student": 1e-3}, average={"student": 0.9} if average else None)
+
+
+def test_the_newest_whole_student_is_found(tmp_path):
+    newest = Newest(tmp_path, MICRO.model)
+    assert newest.poll() is None
+    folder = tmp_path / "checkpoints" / "student"
+    state = train_state(1)
+    state.step = 7
+    file = save_checkpoint(folder, state)
+    found = newest.poll()
+    assert (found.step, found.file) == (7, file)
+    mine = state.averages["student"].module.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in found.dit.state_dict().items())
+    assert newest.poll() is None
+    (folder / "step-00000008.pt").write_bytes(file.read_bytes()[:1000])  # no card yet: it does not exist
+    assert newest.poll() is None
+    weights = checkpoint.save(tmp_path / "student.safetensors", train_state(2).models["student"], steps=9)
+    assert newest.poll().step == 9
+    weights.write_bytes(weights.read_bytes()[:-64])  # a copy that is still running, under an old card
+    checkpoint.card_path(weights).touch()
+    assert newest.poll() is None
+
+
+def test_weights_of_another_model_are_told_once(tmp_path):
+    torch.manual_seed(0)
+    other = DiT(replace(MICRO.model, layers=1))
+    checkpoint.save(tmp_path / "student.safetensors", other)
+    newest = Newest(tmp_path, MICRO.model)
+    with pytest.raises(ValueError, match="another model size"):
+        newest.poll()
+    assert newest.poll() is None
+    save_checkpoint(tmp_path, TrainState.of({"critic": other}, {}))
+    with pytest.raises(ValueError, match="holds no student, only critic"):
+        newest.poll()
+
+
+def test_a_player_follows_a_run(make, watched, tmp_path):
+    session = make(steps=1)
+    first = session.dit
+    player = watched(session, follow=Newest(tmp_path, MICRO.model))
+    player.wait(lambda: player.player._shown > 8)
+    assert session.dit is first and "step" not in player.player.panel.header.value
+    state = train_state(3)
+    state.step = 1200
+    save_checkpoint(tmp_path / "checkpoints", state)
+    player.wait(lambda: "step 1,200" in player.player.panel.header.value)
+    assert session.dit is not first
+    seen = player.player._shown
+    player.wait(lambda: player.player._shown > seen + 8)
+
+
+def test_sliders_and_clips_reach_the_session(make, watched):
+    session = make(steps=1)
+    player = watched(session, scenes=[picture(), clip()])
+    panel = player.player.panel
+    assert (panel.window.min, panel.window.value, panel.sink.max) == (4, 4, 3)
+    panel.window.value = 9
+    panel.sink.value = 2
+    player.wait(lambda: (session.window, session.sink) == (9, 2))
+    assert "9" in panel.window_label.value
+    panel.scenes[1].click()
+    player.wait(lambda: len(session.recording().start) == 9 and session.pixel_frames > 20)
+    assert player.player.playback.read_out().message == ""
