@@ -1,16 +1,17 @@
 """How the shipped tiny world was trained: one command, from nothing, on one or many GPUs.
 
-    torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights
+    torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights --collect 6000
 
-Stages run in order (collect the clips first: `python -m lingbot_nb collect`), each as long as its seconds say, each
-leaving weights and a card in `--out`; a stage whose weights are there is skipped, and a stage that was killed resumes.
+Stages run in order, each as long as its seconds say, each leaving weights and a card in `--out`; a command that was
+killed goes on with the first stage whose weights are not there.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.presets import Preset
-from lingbot_nb.world.clips import ClipStore
+from lingbot_nb.world.clips import HELD_OUT_SEED, ClipStore
 from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
 
 
@@ -45,13 +46,14 @@ class Recipe:
     """All settings of one training; the defaults are the shipped world's, on four H200 GPUs."""
 
     preset: Preset = presets.TINY
-    tokenizer: Budget = Budget(330, 24, 1e-3)
+    tokenizer: Budget = Budget(330, 24, 2e-3)
     teacher: Budget = Budget(360, 32, 2e-3)
     causal: Budget = Budget(240, 24, 1e-3)
     consistency: Budget = Budget(60, 24, 2e-4)
     student: Budget = Budget(150, 16, 3e-5)
     critic_lr: float = 1e-4
     context_noise: float = 0.2
+    kl: float = 3e-4
     prompt: str = "a walk through the maze of my_way_home"
     compile: bool = True
     one_graph: bool = False
@@ -65,12 +67,17 @@ LOG_EVERY = 10
 class Bench:
     """One rank's place: its data, device and folder, shared by all stages."""
 
-    def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int):
+    def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int, collect: int = 0):
         self.rank, self.ranks, self.device = parallel.start()
+        if collect and self.rank == 0:
+            collect_walks(data, collect)
+        if self.ranks > 1:
+            torch.distributed.barrier()
         self.recipe, self.preset, self.out, self.seed = recipe, recipe.preset, Path(out), seed
         self.out.mkdir(parents=True, exist_ok=True)
         self.text = TinyText(self.preset.model.text_dim, self.preset.model.text_len)
         began = time.monotonic()
+        # Collecting has just hashed every shard: hashing 40 GB again on every rank would cost minutes of GPUs.
         self.train = list(ClipStore(data, split="train", check=False))[self.rank :: self.ranks]
         self.held_out = list(ClipStore(data, split="held-out", check=False))
         self.precision = train.autocast(self.device) if self.device.type == "cuda" else train.fp32
@@ -125,6 +132,15 @@ class Bench:
         return checkpoint.card_path(self.out / file).exists()
 
 
+def collect_walks(data: Path, clips: int, held_out: int = 128) -> None:
+    """Walks for both splits, as many processes as this machine has cores to spare; shards that are there stay."""
+    from lingbot_nb.world.vizdoom import collect
+
+    processes = max(1, len(os.sched_getaffinity(0)) - 4)
+    for count, seed, shard in ((held_out, HELD_OUT_SEED, 4), (clips, 0, 32)):
+        print(collect(data, clips=count, processes=processes, seed=seed, shard_clips=shard), flush=True)
+
+
 def train_tokenizer(bench: Bench) -> None:
     budget = bench.recipe.tokenizer
     torch.manual_seed(bench.seed)
@@ -133,7 +149,7 @@ def train_tokenizer(bench: Bench) -> None:
     generator = bench.generator(1)
     frames = bench.pictures(bench.train)
     held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
-    settings = tokenizer.TokenizerSettings(batch=budget.batch, lr=budget.lr)
+    settings = tokenizer.TokenizerSettings(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
     rows = tokenizer.train_tokenizer(
         vae,
         tokenizer.group_batches(frames, budget.batch, generator),
@@ -331,6 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="lingbot_nb.distill.recipe", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of collected clips, both splits")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, cards and log.jsonl")
+    parser.add_argument("--collect", type=int, default=0, help="walk this many clips to train on first (0: none)")
     parser.add_argument("--preset", default="tiny", help="tiny or tiny-large")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's seconds")
@@ -339,7 +356,7 @@ def main() -> None:
     args = parser.parse_args()
     compiling = dict(compile=not args.no_compile, one_graph=args.one_graph)
     recipe = scaled(Recipe(preset=presets.by_name(args.preset), **compiling), args.scale)
-    bench = Bench(recipe, args.data, args.out, args.seed)
+    bench = Bench(recipe, args.data, args.out, args.seed, args.collect)
     for _ in run(bench):
         pass
     evaluate(bench)
@@ -347,8 +364,6 @@ def main() -> None:
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
     """The same recipe with every stage's seconds times `factor`."""
-    from dataclasses import replace
-
     names = ("tokenizer", "teacher", "causal", "consistency", "student")
     budgets = {name: getattr(recipe, name) for name in names}
     return replace(recipe, **{n: replace(b, seconds=b.seconds * factor) for n, b in budgets.items()})

@@ -1,0 +1,53 @@
+"""The whole recipe in miniature: every stage for a step or two, on real clips, with a small network."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lingbot_nb import presets
+from lingbot_nb.distill import recipe
+from lingbot_nb.distill.recipe import Bench, Budget, Recipe
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.runs import PROJECT
+from lingbot_nb.world.clips import ClipStore, write_manifest, write_shard
+
+SMALL = replace(presets.TINY, model=presets.MICRO.model)
+BLINK = Budget(1e-3, 1, 1e-3)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """One training clip and one held out, a tokenizer of micro widths, stages that end after their first step."""
+    monkeypatch.setattr(recipe, "TinyVAE", lambda: TinyVAE(MICRO_VAE))
+    clips = ClipStore(PROJECT / "data" / "clips")
+    data = tmp_path / "clips"
+    data.mkdir()
+    lines = []
+    for split, clip in (("train", replace(clips[0], seed=7)), ("held-out", clips[1])):
+        digest = write_shard(data / f"{split}.safetensors", [clip])
+        lines.append({"shard": f"{split}.safetensors", "split": split, "sha256": digest, "seeds": [clip.seed]})
+    write_manifest(data, lines)
+    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "consistency", "student")}
+    return Bench(Recipe(preset=SMALL, compile=False, **budgets), data, tmp_path / "weights", seed=0)
+
+
+def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(bench):
+    files = list(recipe.run(bench))
+    assert files == [file for file, _ in recipe.STAGES]
+    for file in files[1:]:
+        card = checkpoint.load_into(bench.out / file, recipe.DiT(SMALL.model))
+        assert card["steps"] >= 1 and card["train_clips"] == 1
+    before = {file: (bench.out / file).stat().st_mtime_ns for file in files}
+    assert list(recipe.run(bench)) == files
+    assert before == {file: (bench.out / file).stat().st_mtime_ns for file in files}
+    stages = [json.loads(line)["stage"] for line in (bench.out / "log.jsonl").read_text().splitlines()]
+    assert stages[0] == "data" and stages.count("done") == len(files)
+
+
+def test_scaling_a_recipe_scales_every_stage():
+    half = recipe.scaled(Recipe(), 0.5)
+    for name in ("tokenizer", "teacher", "causal", "consistency", "student"):
+        assert getattr(half, name).seconds == 0.5 * getattr(Recipe(), name).seconds
+    assert half.preset == Recipe().preset
