@@ -24,6 +24,8 @@ from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
 SHIPPED_CLIPS = PROJECT / "data" / "clips"
 MAP = "my_way_home"
 PROMPT = map_prompt(MAP)
+START = 2
+"""The shipped clip that play begins with: a corridor of lamps, where turning and walking show."""
 SHARD = 4
 """Clips to a shard of a run's own walks."""
 
@@ -106,8 +108,8 @@ def real_frames(clips: Sequence[Clip], frames: int | None = None) -> np.ndarray:
 
 
 def session(run: Run, file: str = "student.safetensors", *, start_image=None, steps: int = 4, seed: int = 0) -> Session:
-    """A live session of this run's student, at the first shipped clip's first picture unless another is given."""
-    image = shipped_clips(1)[0].frames[0] if start_image is None else start_image
+    """A live session of this run's student; it starts where shipped clip `START` does unless a picture is given."""
+    image = shipped_clips()[START].frames[0] if start_image is None else start_image
     parts = run.preset, load_dit(run, file), load_vae(run), load_text(run)
     return Session(*parts, start_image=image, prompt=PROMPT, steps=steps, seed=seed)
 
