@@ -18,8 +18,10 @@ from lingbot_nb import runs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one command and return its exit code; a mistake is one sentence on stderr."""
     options = _parser().parse_args(arguments)
-    # A polite kill leaves a run in the same order as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A polite kill leaves a run in the same order as Ctrl-C, and Ctrl-C also works for a command that a script started
+    # in the background, where Python would ignore it.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.default_int_handler)
     try:
         return options.command(options)
     except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
