@@ -1,4 +1,4 @@
-"""How the shipped tiny world was trained: one command, from nothing, on one or many GPUs.
+"""Trains the tiny world from nothing: one command, on one or many GPUs.
 
     torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights --collect 6000
 
@@ -43,7 +43,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of one training; the defaults are the shipped world's, on four H200 GPUs."""
+    """All settings of one training. The defaults are for four H200 GPUs; shipped weights got what their cards say."""
 
     preset: Preset = presets.TINY
     tokenizer: Budget = Budget(330, 24, 2e-3)
