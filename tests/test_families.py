@@ -352,7 +352,7 @@ def stream_step(match, heads_step=None, **roles):
     student, critic, teacher = random_dit(0), random_dit(1), random_dit(2).requires_grad_(False)
     models = {"student": student, "critic": critic, **roles}
     state = train.TrainState.of(models, {role: 1e-3 for role in models})
-    clips_of = train.own_rollout(student, STREAM, flow.few_steps((1, 0.5), SHIFT), make_cache)
+    clips_of = train.OwnRollout(student, STREAM, flow.few_steps((1, 0.5), SHIFT), make_cache)
     step = train.dmd_step(clips_of, critic, teacher, endless(), STREAM, shift=SHIFT, match=match(teacher))
     return (train.together(heads_step(clips_of, teacher), step) if heads_step else step)(state)
 

@@ -51,3 +51,15 @@ def test_scaling_a_recipe_scales_every_stage():
     for name in ("tokenizer", "teacher", "causal", "consistency", "student"):
         assert getattr(half, name).seconds == 0.5 * getattr(Recipe(), name).seconds
     assert half.preset == Recipe().preset
+
+
+def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(bench):
+    vae, student = TinyVAE(MICRO_VAE), recipe.DiT(SMALL.model)
+    bench.keep("vae.safetensors", vae, BLINK, kind="tokenizer")
+    bench.keep("student.safetensors", student, BLINK, kind="student")
+    recipe.evaluate(bench)
+    card = checkpoint.load_into(bench.out / "student.safetensors", student)
+    assert [*card["held_out"]] == [f"{n} steps, {mode}" for mode in ("poses", "keys") for n in (4, 2, 1)]
+    row = card["held_out"]["4 steps, poses"]
+    assert row["clips"] == 1 and 0 < row["psnr"]["1"][0] < 60 and row["sharpness"] >= 0
+    assert [*checkpoint.read_card(bench.out / "vae.safetensors")["held_out"]] == ["reconstruction, poses"]

@@ -116,7 +116,7 @@ def make_dmd(fail_at):
         average={"student": 0.9},
         streams={"batches": stream},
     )
-    clips = train.own_rollout(student, STREAM, few_steps((1, 0.5), SHIFT), make_cache)
+    clips = train.OwnRollout(student, STREAM, few_steps((1, 0.5), SHIFT), make_cache)
     step = train.dmd_step(clips, critic, teacher, stream, STREAM, shift=SHIFT, ratio=3, critic_first=1)
     return fails_at(step, fail_at), state
 
@@ -442,14 +442,14 @@ def test_dmd_updates_the_critic_every_step_and_the_student_every_third():
 def test_dmd_gives_the_student_no_gradient_when_teacher_and_critic_agree():
     student, same = random_dit(0), random_dit(1)
     state = TrainState.of({"student": student, "critic": same}, {"student": 1e-3, "critic": 0.0}, weight_decay=0)
-    clips = train.own_rollout(student, STREAM, few_steps((1, 0.5), SHIFT), make_cache)
+    clips = train.OwnRollout(student, STREAM, few_steps((1, 0.5), SHIFT), make_cache)
     row = train.dmd_step(clips, same, same, endless(), STREAM, shift=SHIFT)(state)
     assert row["student_grad"] == 0 and row["student_loss"] == 0 and row["critic_grad"] > 0
 
 
 def test_noisy_history_is_another_source_of_clips():
     student = random_dit(0)
-    clips = train.noisy_history(student, STREAM, few_steps((1, 0.5), SHIFT))
+    clips = train.NoisyHistory(student, STREAM, few_steps((1, 0.5), SHIFT))
     batch = random_batch()
     clip = clips(batch, rng())
     assert clip.shape == batch.latents.shape and torch.equal(clip[:, :, 0], batch.latents[:, :, 0])

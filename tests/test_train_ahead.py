@@ -202,7 +202,7 @@ def test_distillation_takes_a_compiler_too():
     for hook in (train.as_it_is, compile):
         student, critic = random_dit(0), random_dit(1)
         state = TrainState.of({"student": student, "critic": critic}, {"student": 1e-3, "critic": 1e-3})
-        clips = train.own_rollout(student, STREAM, few_steps((1,), SHIFT), make_cache)
+        clips = train.OwnRollout(student, STREAM, few_steps((1,), SHIFT), make_cache)
         step = train.dmd_step(clips, critic, random_dit(2), endless(), STREAM, shift=SHIFT, ratio=2, compile=hook)
         rows.append(run(step, state, 1))
     assert rows[0] == rows[1] and graphs

@@ -9,10 +9,12 @@ killed goes on with the first stage whose weights are not there.
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,14 @@ from torch import Tensor, nn
 from lingbot_nb import presets
 from lingbot_nb.distill import flow, parallel, tokenizer, train
 from lingbot_nb.distill.optim import muon_adamw
+from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.presets import Preset
+from lingbot_nb.report import evaluation
 from lingbot_nb.world.clips import HELD_OUT_SEED, ClipStore
 from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
 
@@ -46,18 +50,20 @@ class Recipe:
     """All settings of one training. The defaults are for four H200 GPUs; shipped weights got what their cards say."""
 
     preset: Preset = presets.TINY
-    tokenizer: Budget = Budget(330, 24, 2e-3)
-    teacher: Budget = Budget(360, 32, 2e-3)
-    causal: Budget = Budget(240, 24, 1e-3)
-    consistency: Budget = Budget(60, 24, 2e-4)
+    tokenizer: Budget = Budget(280, 24, 2e-3)
+    teacher: Budget = Budget(280, 32, 2e-3)
+    causal: Budget = Budget(210, 24, 1e-3)
+    consistency: Budget = Budget(45, 24, 2e-4)
     student: Budget = Budget(150, 16, 3e-5)
     critic_lr: float = 1e-4
     context_noise: float = 0.2
-    kl: float = 3e-4
+    kl: float = 5e-4
     prompt: str = "a walk through the maze of my_way_home"
     compile: bool = True
     one_graph: bool = False
     """Compile a stage's forward and loss as one graph instead of layer by layer: fewer launches, longer compiling."""
+    record: bool = True
+    """On a GPU, replay each step's forward and backward from a recording (`record.Recorded`)."""
 
 
 LOG_EVERY = 10
@@ -67,13 +73,13 @@ LOG_EVERY = 10
 class Bench:
     """One rank's place: its data, device and folder, shared by all stages."""
 
-    def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int, collect: int = 0):
+    def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int, collect: int = 0, command: str = ""):
         self.rank, self.ranks, self.device = parallel.start()
         if collect and self.rank == 0:
             collect_walks(data, collect)
         if self.ranks > 1:
             torch.distributed.barrier()
-        self.recipe, self.preset, self.out, self.seed = recipe, recipe.preset, Path(out), seed
+        self.recipe, self.preset, self.out, self.seed, self.command = recipe, recipe.preset, Path(out), seed, command
         self.out.mkdir(parents=True, exist_ok=True)
         self.text = TinyText(self.preset.model.text_dim, self.preset.model.text_len)
         began = time.monotonic()
@@ -96,6 +102,10 @@ class Bench:
         """Different draws on every rank and for every purpose."""
         return torch.Generator(self.device).manual_seed(1000 * self.seed + 100 * purpose + self.rank)
 
+    def record(self, *generators: torch.Generator) -> train.Record:
+        """What a step's gradients come from: recordings that draw from these generators, where that is possible."""
+        return partial(Recorded, *generators) if self.recipe.record and self.device.type == "cuda" else train.plainly
+
     def pictures(self, clips: list) -> Tensor:
         return torch.from_numpy(np.stack([clip.frames for clip in clips])).to(self.device)
 
@@ -111,6 +121,11 @@ class Bench:
         checkpoint.load_into(self.out / "vae.safetensors", vae)
         return vae.to(self.device).eval()
 
+    @cached_property
+    def latents(self) -> LatentClips:
+        """This rank's training clips, encoded: once the tokenizer has learnt, for all stages."""
+        return self.encoded(self.train)
+
     def encoded(self, clips: list) -> LatentClips:
         """Clips through the trained tokenizer, resident on this rank's device."""
         frames = [clip.frames for clip in clips]
@@ -125,6 +140,7 @@ class Bench:
         if self.rank == 0:
             name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
             made = {"preset": self.preset.name, "machine": f"{self.ranks} x {name}", "torch": torch.__version__}
+            made |= {"command": self.command} if self.command else {}
             data = {"train_clips": len(self.train) * self.ranks, "seed": self.seed, **asdict(budget)}
             checkpoint.save(self.out / file, module, dtype=torch.bfloat16, **made, **data, **card)
 
@@ -201,8 +217,9 @@ def train_teacher(bench: Bench) -> None:
     budget, dit = bench.recipe.teacher, bench.dit()
     parallel.same_start(dit)
     state = state_for(bench, "teacher", dit, budget.lr, 0.999)
-    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(3))
-    options = dict(precision=bench.precision, compile=around_loss(bench))
+    draws = bench.generator(3)
+    batches = bench.latents.batches(budget.batch, draws)
+    options = dict(precision=bench.precision, compile=around_loss(bench), record=bench.record(state.generator, draws))
     step = train.teacher_step(compiled(bench, dit), batches, shift=bench.preset.flow.shift, **options)
     run_fit(bench, "teacher", step, state, budget, train.warmup_decay(0.02, 0.45))
     bench.keep("teacher.safetensors", state.averages["teacher"].module, budget, kind="teacher", steps=state.step)
@@ -212,7 +229,8 @@ def train_causal(bench: Bench) -> None:
     """The teacher's weights under the causal mask, by teacher forcing: the causal teacher of Causal-Forcing."""
     budget, dit = bench.recipe.causal, bench.dit("teacher.safetensors")
     state = state_for(bench, "student", dit, budget.lr, 0.999)
-    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(4))
+    draws = bench.generator(4)
+    batches = bench.latents.batches(budget.batch, draws)
     step = train.forcing_step(
         compiled(bench, dit),
         batches,
@@ -221,6 +239,7 @@ def train_causal(bench: Bench) -> None:
         context_noise=bench.recipe.context_noise,
         precision=bench.precision,
         compile=around_loss(bench),
+        record=bench.record(state.generator, draws),
     )
     run_fit(bench, "causal", step, state, budget, train.warmup_decay(0.02, 0.45))
     bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
@@ -230,7 +249,8 @@ def train_consistency(bench: Bench) -> None:
     budget = bench.recipe.consistency
     student, teacher = bench.dit("causal.safetensors"), bench.dit("causal.safetensors").requires_grad_(False)
     state = state_for(bench, "student", student, budget.lr, 0.99)
-    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(5))
+    draws = bench.generator(5)
+    batches = bench.latents.batches(budget.batch, draws)
     sigmas = flow.sigma_grid(48, bench.preset.flow.shift)
     step = train.consistency_step(
         compiled(bench, student),
@@ -240,6 +260,7 @@ def train_consistency(bench: Bench) -> None:
         sigmas,
         precision=bench.precision,
         compile=around_loss(bench),
+        record=bench.record(state.generator, draws),
     )
     run_fit(bench, "consistency", step, state, budget, train.warmup_decay(0.05, 0.3))
     module = state.averages["student"].module
@@ -259,26 +280,28 @@ def train_student(bench: Bench) -> None:
             "critic": adam(critic.parameters(), lr=bench.recipe.critic_lr),
         },
         bench.generator(6),
-        averages={"student": train.Average(student, 0.97)},
+        averages={"student": train.Average(student, 0.99)},
     )
-    batches = bench.encoded(bench.train).batches(budget.batch, bench.generator(7))
+    draws = bench.generator(7)
+    batches = bench.latents.batches(budget.batch, draws)
 
     def make_cache(batch: Batch) -> GradCache:
         return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=bench.device)
 
     labels = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
     step = train.dmd_step(
-        train.own_rollout(student, preset.stream, labels, make_cache),
+        train.OwnRollout(student, preset.stream, labels, make_cache),
         compiled(bench, critic),
         compiled(bench, teacher),
         batches,
         preset.stream,
         shift=preset.flow.shift,
         ratio=5,
-        critic_first=20,
+        critic_first=10,
         reuse=True,
         precision=bench.precision,
         compile=around_loss(bench),
+        record=bench.record(state.generator, draws),
     )
     schedule = train.warmup_decay(0.02, 0.3)
     for row in train.fit(step, state, seconds=budget.seconds, schedule=schedule, log_every=LOG_EVERY):
@@ -287,39 +310,55 @@ def train_student(bench: Bench) -> None:
     bench.keep("student.safetensors", state.averages["student"].module, budget, kind="student", steps=state.step)
 
 
-def evaluate(bench: Bench, clips: int = 64) -> None:
-    """PSNR and sharpness of every stage's weights on held-out walks, shared out over the ranks."""
-    from lingbot_nb.report import evaluation
-
-    held_out = bench.held_out[: clips // bench.ranks * bench.ranks][bench.rank :: bench.ranks]
-    encoded, vae, shift = bench.encoded(held_out), bench.vae(), bench.preset.flow.shift
-    real = bench.pictures(held_out)
-    everyone, zero = torch.arange(len(encoded), device=bench.device), torch.zeros(len(encoded), device=bench.device)
-
-    def row(name: str, latents: Tensor) -> None:
-        made = torch.from_numpy(evaluation.decode_clips(vae, latents)).to(bench.device)
-        pair = [parallel.gathered(x).cpu().numpy() for x in (real, made)]
-        if bench.rank == 0:
-            bench.say("evaluate", name=name, **evaluation.summary(*pair))
-
+def evaluate(bench: Bench, clips: int = 128) -> None:
+    """Every stage's weights against the simulator on held-out walks, shared out over the ranks; the cards keep the
+    results as "held_out"."""
+    clips = min(clips, len(bench.held_out)) // bench.ranks * bench.ranks
+    mine = bench.held_out[:clips][bench.rank :: bench.ranks]
+    encoded, real, vae = bench.encoded(mine), bench.pictures(mine), bench.vae()
+    everyone = torch.arange(len(encoded), device=bench.device)
     for with_poses in (True, False):
         modes = torch.full_like(everyone, with_poses).bool()
-        batch = encoded.batch(everyone, zero.long(), bench.preset.shape.frames, modes)
+        batch = encoded.batch(everyone, torch.zeros_like(everyone), bench.preset.shape.frames, modes)
         mode = "poses" if with_poses else "keys"
-        if with_poses:
-            row("tokenizer", batch.latents)
+        for file, name, latents in generated(bench, batch):
+            if file == "vae.safetensors" and not with_poses:
+                continue
+            made = torch.from_numpy(evaluation.decode_clips(vae, latents)).to(bench.device)
+            pair = [parallel.gathered(x).cpu().numpy() for x in (real, made)]
+            if bench.rank == 0:
+                row = evaluation.summary(*pair)
+                bench.say("evaluate", name=f"{name}, {mode}", **row)
+                known = checkpoint.read_card(bench.out / file).get("held_out", {})
+                checkpoint.annotate(bench.out / file, held_out={**known, f"{name}, {mode}": rounded(row)})
+
+
+def generated(bench: Bench, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
+    """(file, name, latents) of everything that the weights at hand make of a batch."""
+    shift = bench.preset.flow.shift
+    yield "vae.safetensors", "reconstruction", batch.latents
+    if bench.has("teacher.safetensors"):
         teacher = bench.dit("teacher.safetensors")
         with bench.precision():
             clips = evaluation.teacher_clips(teacher, batch, steps=50, shift=shift, generator=bench.generator(8))
-        row(f"teacher 50 {mode}", clips)
-        for file, counts in (("causal", (4,)), ("consistency", (4,)), ("student", (4, 2, 1))):
-            dit = bench.dit(f"{file}.safetensors")
-            for count in counts:
-                steps = flow.few_steps(bench.preset.flow.labels(count), shift)
-                with bench.precision():
-                    options = dict(steps=steps, generator=bench.generator(9))
-                    clips = evaluation.student_clips(dit, batch, bench.preset, **options)
-                row(f"{file} {count} {mode}", clips)
+        yield "teacher.safetensors", "50 steps", clips
+    for file, counts in (("causal", (4,)), ("consistency", (4,)), ("student", (4, 2, 1))):
+        for count in counts if bench.has(f"{file}.safetensors") else ():
+            steps = flow.few_steps(bench.preset.flow.labels(count), shift)
+            with bench.precision():
+                clips = evaluation.student_clips(
+                    bench.dit(f"{file}.safetensors"), batch, bench.preset, steps=steps, generator=bench.generator(9)
+                )
+            yield f"{file}.safetensors", f"{count} steps", clips
+
+
+def rounded(value: dict | list | float):
+    """A summary to three decimals, for people's eyes."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 3)
 
 
 STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
@@ -350,15 +389,21 @@ def main() -> None:
     parser.add_argument("--collect", type=int, default=0, help="walk this many clips to train on first (0: none)")
     parser.add_argument("--preset", default="tiny", help="tiny or tiny-large")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-only", action="store_true", help="train nothing, measure the weights in --out")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's seconds")
     parser.add_argument("--no-compile", action="store_true", help="eager layers: slower steps, no compile time")
+    parser.add_argument(
+        "--no-record", action="store_true", help="run every step anew instead of replaying a CUDA graph"
+    )
     parser.add_argument("--one-graph", action="store_true", help="compile whole losses instead of single layers")
     args = parser.parse_args()
-    compiling = dict(compile=not args.no_compile, one_graph=args.one_graph)
+    compiling = dict(compile=not args.no_compile, one_graph=args.one_graph, record=not args.no_record)
     recipe = scaled(Recipe(preset=presets.by_name(args.preset), **compiling), args.scale)
-    bench = Bench(recipe, args.data, args.out, args.seed, args.collect)
-    for _ in run(bench):
-        pass
+    command = f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {parser.prog} {shlex.join(sys.argv[1:])}"
+    bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command)
+    if not args.evaluate_only:
+        for _ in run(bench):
+            pass
     evaluate(bench)
 
 

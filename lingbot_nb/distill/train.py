@@ -19,12 +19,13 @@ import io
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from lingbot_nb.distill.consistency import consistency
 from lingbot_nb.distill.flow import FewStep
 from lingbot_nb.distill.forcing import Info, Velocity, frame_t, given_clean
 from lingbot_nb.distill.optim import can_skip, skip_where
+from lingbot_nb.distill.record import Gradients, fresh
 from lingbot_nb.distill.rollout import Conditions, camera_of, draw_exit, rollout
 from lingbot_nb.distill.trajectories import Pair, read_json, write_bytes, write_text
 from lingbot_nb.model import masks
@@ -51,6 +53,8 @@ Precision = Callable[[], AbstractContextManager]
 """Opens the context a forward runs in: `fp32` or `autocast(device)`."""
 Compile = Callable[[Callable], Callable]
 """What a step does with the function that holds its forward and loss: `as_it_is` or `one_graph`."""
+Record = Callable[[], Gradients]
+"""Makes what gets the gradients of one loss: `plainly`, or `lambda: record.Recorded(generators…)` on a GPU."""
 
 
 class Diverged(RuntimeError):
@@ -539,6 +543,11 @@ def one_graph(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def plainly() -> Gradients:
+    """No recording: every step runs its loss anew."""
+    return fresh
+
+
 def descend(
     state: TrainState,
     role: str,
@@ -547,23 +556,23 @@ def descend(
     clip: float = 1.0,
     accumulate: int = 1,
     precision: Precision = fp32,
+    gradients: Gradients = fresh,
 ) -> dict[str, float | Tensor]:
     """One optimizer step of `role` on the mean of `accumulate` calls of `loss`, gradients clipped to norm `clip`.
 
     Returns "<role>_loss", "<role>_grad" (norm before clipping) and the last call's info, means over ranks; updates the
     role's average. Raises Diverged, before any weight moves, when the loss or the norm is nan or inf. While
     `state.ahead`, an optimizer that can skips such an update on the device by itself, and the row tells `fit`, which
-    raises once it has read it.
+    raises once it has read it. `gradients` runs the loss and its backward, or replays them (`record.Recorded`).
     """
     optimizer = state.optimizers[role]
-    optimizer.zero_grad(set_to_none=True)
-    total, info = 0.0, {}
-    for _ in range(accumulate):
-        with precision():
-            value, info = loss()
-        (value / accumulate).backward()
-        total = total + value.detach() / accumulate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def careful() -> tuple[Tensor, Info]:
+        with precision():
+            return loss()
+
+    total, info = gradients(parameters, careful, accumulate)
     total, *values = parallel.average_gradients(parameters, [total, *info.values()])
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if state.ahead and can_skip(optimizer):
@@ -752,6 +761,7 @@ def teacher_step(
     precision: Precision = fp32,
     checkpoint: bool = False,
     compile: Compile = as_it_is,
+    record: Record = plainly,
 ) -> Step:
     """Stage 0: the bidirectional teacher by flow matching (role "teacher")."""
 
@@ -759,12 +769,14 @@ def teacher_step(
     def loss_at(batch: Batch, noise: forcing.Noise) -> tuple[Tensor, Info]:
         return forcing.velocity_loss(bind(dit, batch, checkpoint=checkpoint), batch.latents, *noise)
 
+    options = dict(clip=clip, accumulate=accumulate, precision=precision, gradients=record())
+
     def step(state: TrainState) -> dict:
         def loss():
             batch = next(batches)
             return loss_at(batch, forcing.clip_noise(batch.latents, shift=shift, generator=state.generator))
 
-        return descend(state, "teacher", loss, clip=clip, accumulate=accumulate, precision=precision)
+        return descend(state, "teacher", loss, **options)
 
     return step
 
@@ -781,6 +793,7 @@ def forcing_step(
     precision: Precision = fp32,
     checkpoint: bool = False,
     compile: Compile = as_it_is,
+    record: Record = plainly,
 ) -> Step:
     """Stage 1: the autoregressive many-step student by teacher forcing (role "student")."""
 
@@ -788,6 +801,8 @@ def forcing_step(
     def loss_at(batch: Batch, mask: ReadyMask, noise: forcing.ForcedNoise) -> tuple[Tensor, Info]:
         velocity = bind(dit, batch, mask=mask, copies=2, checkpoint=checkpoint)
         return forcing.forced_loss(velocity, batch.latents, noise)
+
+    options = dict(clip=clip, accumulate=accumulate, precision=precision, gradients=record())
 
     def step(state: TrainState) -> dict:
         def loss():
@@ -802,7 +817,7 @@ def forcing_step(
             )
             return loss_at(batch, forced_mask(batch, settings), noise)
 
-        return descend(state, "student", loss, clip=clip, accumulate=accumulate, precision=precision)
+        return descend(state, "student", loss, **options)
 
     return step
 
@@ -818,12 +833,15 @@ def diffusion_forcing_step(
     precision: Precision = fp32,
     checkpoint: bool = False,
     compile: Compile = as_it_is,
+    record: Record = plainly,
 ) -> Step:
     """Stage 1, the other way: diffusion forcing under the block-causal mask (role "student")."""
 
     @compile
     def loss_at(batch: Batch, mask: ReadyMask, noise: forcing.Noise) -> tuple[Tensor, Info]:
         return forcing.velocity_loss(bind(dit, batch, mask=mask, checkpoint=checkpoint), batch.latents, *noise)
+
+    options = dict(clip=clip, accumulate=accumulate, precision=precision, gradients=record())
 
     def step(state: TrainState) -> dict:
         def loss():
@@ -837,7 +855,7 @@ def diffusion_forcing_step(
             )
             return loss_at(batch, causal_mask(batch, settings), noise)
 
-        return descend(state, "student", loss, clip=clip, accumulate=accumulate, precision=precision)
+        return descend(state, "student", loss, **options)
 
     return step
 
@@ -893,6 +911,7 @@ def consistency_step(
     precision: Precision = fp32,
     checkpoint: bool = False,
     compile: Compile = as_it_is,
+    record: Record = plainly,
 ) -> Step:
     """Stage 2b: causal consistency distillation (role "student", whose average is the target theta⁻).
 
@@ -903,6 +922,8 @@ def consistency_step(
     forced = partial(whole_forced, settings=settings, compile=compile, checkpoint=checkpoint)
     of_student, of_teacher = forced(student), forced(teacher)
     of_average = lru_cache(maxsize=1)(forced)
+
+    options = dict(clip=clip, accumulate=accumulate, precision=precision, gradients=record())
 
     def step(state: TrainState) -> dict:
         if "student" not in state.averages:
@@ -921,7 +942,7 @@ def consistency_step(
                 known=known_frames(settings),
             )
 
-        return descend(state, "student", loss, clip=clip, accumulate=accumulate, precision=precision)
+        return descend(state, "student", loss, **options)
 
     return step
 
@@ -959,58 +980,101 @@ def bidirectional_teacher(
 
 MakeCache = Callable[[Batch], Any]
 """A batch -> an empty cache of its batch size (`GradCache`) for one rollout."""
-MakeClip = Callable[[Batch, torch.Generator], Tensor]
-"""(batch, generator) -> the student's clip B C F h w, with gradient where the caller has it enabled."""
+
+
+class MakeClip(Protocol):
+    """A source of the student's clips B C F h w, with gradient where the caller has it enabled."""
+
+    def draw(self, generator: torch.Generator) -> int:
+        """What the host must know before the next clip is made, the same on all ranks: clips of one draw run the same
+        operations, which is what makes them fit for a recording."""
+
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+        """A clip; `drawn` is `draw`'s, drawn here where it is None."""
+
+
 Match = Callable[..., tuple[Tensor, Info]]
 """The student's loss on its clip: `dmd.distribution_matching`, or what takes the same arguments (`sid.score_identity`,
 `f_distill.f_distribution_matching` with its ratio and divergence bound)."""
 
 
-def own_rollout(
-    student,
-    settings: StreamSettings,
-    steps: Sequence[FewStep],
-    make_cache: MakeCache,
-    *,
-    grad_from: int = 0,
-    checkpoint: bool = False,
-) -> MakeClip:
+@dataclass(frozen=True)
+class OwnRollout:
     """Self-Forcing's clips: the student walks through its own cache, with one exit step drawn for all chunks.
 
     Chunks before frame `grad_from` carry no gradient; the start image's frame is given when `image_first`.
     """
-    known = known_frames(settings)
 
-    def make_clip(batch: Batch, generator: torch.Generator) -> Tensor:
+    student: Any
+    settings: StreamSettings
+    steps: Sequence[FewStep]
+    make_cache: MakeCache
+    grad_from: int = 0
+    checkpoint: bool = False
+
+    def draw(self, generator: torch.Generator) -> int:
+        """The exit step."""
+        return draw_exit(self.steps, generator)
+
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+        known = known_frames(self.settings)
         chunks = rollout(
-            student,
+            self.student,
             forcing.gaussian(batch.latents, generator),
-            steps,
-            conditions=Conditions(student.text(batch.context), batch.control, batch.condition),
-            cache=make_cache(batch),
-            settings=settings,
+            self.steps,
+            conditions=Conditions(self.student.text(batch.context), batch.control, batch.condition),
+            cache=self.make_cache(batch),
+            settings=self.settings,
             generator=generator,
             start=batch.latents[:, :, :known] if known else None,
-            exit_step=draw_exit(steps, generator),
-            grad_from=grad_from,
-            checkpoint=checkpoint,
+            exit_step=self.draw(generator) if drawn is None else drawn,
+            grad_from=self.grad_from,
+            checkpoint=self.checkpoint,
         )
         return torch.cat(list(chunks), 2)
 
-    return make_clip
 
-
-def noisy_history(student, settings: StreamSettings, steps: Sequence[FewStep], *, checkpoint: bool = False) -> MakeClip:
+@dataclass(frozen=True)
+class NoisyHistory:
     """CausVid's clips: one block-causal pass over real latents, each chunk noised to a random level of the list."""
 
-    def make_clip(batch: Batch, generator: torch.Generator) -> Tensor:
-        velocity = bind_causal(student, batch, settings, checkpoint=checkpoint)
-        lengths = settings.chunk_lengths(batch.latents.shape[2])
-        sigmas = [step.sigma for step in steps]
-        known = known_frames(settings)
+    student: Any
+    settings: StreamSettings
+    steps: Sequence[FewStep]
+    checkpoint: bool = False
+
+    def draw(self, generator: torch.Generator) -> int:
+        """Nothing: all clips run the same operations."""
+        return 0
+
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+        velocity = bind_causal(self.student, batch, self.settings, checkpoint=self.checkpoint)
+        lengths = self.settings.chunk_lengths(batch.latents.shape[2])
+        sigmas = [step.sigma for step in self.steps]
+        known = known_frames(self.settings)
         return dmd.noisy_history_clip(velocity, batch.latents, sigmas, lengths, generator=generator, known=known)
 
-    return make_clip
+
+class LastClips:
+    """The student's last clips and their batch, kept in the same tensors, so that a recording may read them."""
+
+    def __init__(self):
+        self._kept: tuple[Batch, Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return self._kept is not None
+
+    def get(self) -> tuple[Batch, Tensor]:
+        return self._kept
+
+    @torch.no_grad()
+    def put(self, batch: Batch, clips: Tensor) -> None:
+        if self._kept is None:
+            self._kept = Batch(*(t.clone() for t in batch.tensors)), clips.detach().clone()
+            return
+        for mine, new in zip(self._kept[0].tensors, batch.tensors, strict=True):
+            mine.copy_(new)
+        self._kept[1].copy_(clips)
 
 
 def dmd_step(
@@ -1032,8 +1096,9 @@ def dmd_step(
     precision: Precision = fp32,
     checkpoint: bool = False,
     compile: Compile = as_it_is,
+    record: Record = plainly,
 ) -> Step:
-    """Stage 3: distribution matching on the clips of `own_rollout` or `noisy_history` (roles "student" and "critic").
+    """Stage 3: distribution matching on the clips of `OwnRollout` or `NoisyHistory` (roles "student" and "critic").
 
     Every step updates the critic; every `ratio`-th step updates the student first. Ratio 5 therefore means 5 critic
     updates to 1 of the student, and 600 steps are 120 student updates (Self-Forcing's way of counting). The first
@@ -1045,17 +1110,20 @@ def dmd_step(
     if ratio < 1:
         raise ValueError(f"ratio {ratio} is below 1: use 5 for five critic updates to one of the student")
     known = known_frames(settings)
-    last: list[tuple[Batch, Tensor]] = []
+    last = LastClips()
     of_teacher, of_critic = whole(teacher, compile), whole(critic, compile)
+    # Clips of different draws are different operations: each has a recording of its own.
+    for_student, for_critic = defaultdict(record), defaultdict(record)
 
     @compile
     def critic_loss_at(batch: Batch, x: Tensor, noise: forcing.Noise) -> tuple[Tensor, Info]:
         return forcing.velocity_loss(bind(critic, batch, checkpoint=checkpoint), x, *noise)
 
-    def student_loss(state: TrainState) -> tuple[Tensor, Info]:
+    def student_loss(state: TrainState, drawn: int) -> tuple[Tensor, Info]:
         batch = next(batches)
-        x = make_clip(batch, state.generator)
-        last[:] = [(batch, x.detach())]
+        x = make_clip(batch, state.generator, drawn)
+        if reuse:
+            last.put(batch, x)
         plain = None if unconditional is None else of_teacher(unconditional(batch))
         shared = dict(shift=shift, generator=state.generator, known=known)
         shared |= dict(unconditional=plain, guidance=guidance)
@@ -1063,19 +1131,27 @@ def dmd_step(
         return loss, info | dmd.vital_signs(x, batch.latents)
 
     @torch.no_grad()
-    def rolled_out(state: TrainState) -> tuple[Batch, Tensor]:
+    def rolled_out(state: TrainState, drawn: int) -> tuple[Batch, Tensor]:
         batch = next(batches)
-        return batch, make_clip(batch, state.generator)
+        x = make_clip(batch, state.generator, drawn)
+        if reuse:
+            last.put(batch, x)
+        return batch, x
 
-    def critic_loss(state: TrainState) -> tuple[Tensor, Info]:
-        batch, x = last[0] if reuse and last else rolled_out(state)
+    def critic_loss(state: TrainState, drawn: int | None) -> tuple[Tensor, Info]:
+        batch, x = last.get() if drawn is None else rolled_out(state, drawn)
         return critic_loss_at(batch, x, dmd.critic_noise(x, shift=shift, generator=state.generator, known=known))
 
     def step(state: TrainState) -> dict:
         row = {}
         options = dict(clip=clip, accumulate=accumulate, precision=precision)
         if state.step >= critic_first and (state.step - critic_first) % ratio == 0:
-            row |= descend(state, "student", lambda: student_loss(state), **options)
-        return row | descend(state, "critic", lambda: critic_loss(state), **options)
+            drawn = make_clip.draw(state.generator)
+            loss = partial(student_loss, state, drawn)
+            row |= descend(state, "student", loss, gradients=for_student[drawn], **options)
+        alone = state.step < critic_first and state.step % ratio == 0
+        drawn = None if reuse and last and not alone else make_clip.draw(state.generator)
+        loss = partial(critic_loss, state, drawn)
+        return row | descend(state, "critic", loss, gradients=for_critic[drawn], **options)
 
     return step

@@ -36,6 +36,14 @@ def save(path: Path | str, module: nn.Module, *, dtype: torch.dtype | None = Non
     return path
 
 
+def annotate(path: Path | str, **entries) -> None:
+    """Adds entries to the card of weights that stay as they are: what was measured on them later."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**read_card(path), **entries}, indent=1) + "\n")
+    os.replace(partial, card_path(path))
+
+
 def load_into(path: Path | str, module: nn.Module) -> dict:
     """Fills `module` strictly from `path` and returns the card.
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lingbot_nb import presets
 from lingbot_nb.distill import flow, parallel, train
 from lingbot_nb.distill.optim import muon_adamw
+from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.presets import LATENT_CHANNELS, Preset
@@ -45,7 +47,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a stage is built from: `compile` goes around forward and loss, `layerwise` compiles each layer instead."""
+    """What a stage is built from: `compile` goes around forward and loss, `layerwise` compiles each layer instead,
+    `recorded` replays forward and backward from a CUDA graph."""
 
     preset: Preset
     device: torch.device
@@ -54,6 +57,7 @@ class Workplace:
     precision: train.Precision = train.fp32
     compile: train.Compile = train.as_it_is
     layerwise: bool = False
+    recorded: bool = False
 
     def dit(self) -> DiT:
         torch.manual_seed(0)
@@ -72,7 +76,8 @@ class Workplace:
 
     def options(self, state: train.TrainState) -> dict:
         batches = self.clips.batches(self.batch, state.generator)
-        return dict(batches=batches, precision=self.precision, compile=self.compile)
+        record = partial(Recorded, state.generator) if self.recorded else train.plainly
+        return dict(batches=batches, precision=self.precision, compile=self.compile, record=record)
 
 
 Built = tuple[train.Step, train.TrainState]
@@ -108,7 +113,7 @@ def student(place: Workplace) -> Built:
         return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=place.device)
 
     steps = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
-    make_clip = train.own_rollout(dit, preset.stream, steps, make_cache)
+    make_clip = train.OwnRollout(dit, preset.stream, steps, make_cache)
     options = dict(settings=preset.stream, shift=preset.flow.shift, ratio=RATIO, reuse=True)
     return train.dmd_step(make_clip, critic, frozen, **options, **place.options(state)), state
 
@@ -148,6 +153,7 @@ def training_steps(
     precision: train.Precision = train.fp32,
     compile: train.Compile = train.as_it_is,
     layerwise: bool = False,
+    recorded: bool = False,
     log_every: int = 5,
     clips: int = 8,
     stages: Sequence[Callable[[Workplace], Built]] = STAGES,
@@ -157,7 +163,8 @@ def training_steps(
     `batch` is each rank's. The student's stage counts as dmd_step does: five steps hold one update of the student.
     """
     device = torch.device(device)
-    place = Workplace(preset, device, random_clips(preset, clips, device), batch, precision, compile, layerwise)
+    data = random_clips(preset, clips, device)
+    place = Workplace(preset, device, data, batch, precision, compile, layerwise, recorded)
     for build in stages:
         yield _rate(build, place, steps, warmup, log_every)
 
@@ -211,6 +218,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--log-every", type=int, default=5)
     parser.add_argument("--compile", choices=("none", "layers", "graph"), default="none")
+    parser.add_argument("--record", action="store_true", help="replay forward and backward from a CUDA graph")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts; recording happens there")
     parser.add_argument("--stages", nargs="*", default=[stage.__name__ for stage in STAGES])
     args = parser.parse_args()
     rank, ranks, device = parallel.start()
@@ -221,10 +230,12 @@ def main() -> None:
         preset,
         batch=args.batch,
         steps=args.steps,
+        warmup=args.warmup,
         device=device,
         precision=precision,
         compile=train.one_graph if args.compile == "graph" else train.as_it_is,
         layerwise=args.compile == "layers",
+        recorded=args.record,
         log_every=args.log_every,
         stages=[stage for stage in STAGES if stage.__name__ in args.stages],
     ):
@@ -238,6 +249,7 @@ def main() -> None:
         print(
             f"{ranks} x {name} · torch {torch.__version__} · {torch.get_num_threads()} threads · {kind} · "
             f"preset {preset.name}, {preset.shape.frames} frames · compile {args.compile}"
+            f"{' · recorded' if args.record else ''}"
         )
 
 

@@ -29,6 +29,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four, in the order of the constructor."""
+        return self.latents, self.condition, self.control, self.context
+
     def frames(self, stop: int) -> "Batch":
         """The first `stop` frames."""
         cut = (tensor[:, :, :stop] for tensor in (self.latents, self.condition, self.control))
