@@ -1,3 +1,6 @@
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -77,6 +80,45 @@ def test_a_missing_kernel_is_left_out():
 
     assert attention._imported("flash-attn-9", load, (64,)) == []
     assert attention._imported("plain", lambda: sdpa, (64,))[0].name == "plain"
+
+
+FLASH = {"flash_attn": "flash-attn-2", "flash_attn_interface": "flash-attn-3", "flash_attn.cute": "flash-attn-4"}
+"""Packages -> kernels that come with them, oldest first."""
+
+
+def pretend(monkeypatch, generation, packages):
+    """A GPU of that generation with these packages; their kernels answer 2, 3 and 4, the last with a log-sum-exp."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (generation, 0))
+    for number, name in enumerate(FLASH, 2):
+        module, out = ModuleType(name), torch.tensor(number)
+        module.flash_attn_func = lambda q, k, v, out=out: (out, None) if out == 4 else out
+        monkeypatch.setitem(sys.modules, name, module if name in packages else None)
+
+
+@pytest.mark.parametrize(
+    "generation, packages, expected",
+    [
+        (9, FLASH, ["flash-attn-4", "flash-attn-3", "cuDNN", "flash-attn-2"]),
+        (10, FLASH, ["flash-attn-4", "cuDNN", "flash-attn-2"]),
+        (12, FLASH, ["cuDNN", "flash-attn-2"]),
+        (8, FLASH, ["flash-attn-2"]),
+        (7, FLASH, []),
+        (9, ["flash_attn"], ["cuDNN", "flash-attn-2"]),
+        (9, ["flash_attn_interface"], ["flash-attn-3", "cuDNN"]),
+        (9, [], ["cuDNN"]),
+    ],
+)
+def test_a_kernel_is_chosen_that_this_gpu_can_run(generation, packages, expected, monkeypatch):
+    """Flash-attn 4 refuses consumer Blackwell (12) and 3 all but Hopper (9) at the first call, long after import."""
+    pretend(monkeypatch, generation, packages)
+    assert [kernel.name for kernel in attention._search()] == expected
+
+
+def test_every_version_gives_its_output_alone(monkeypatch):
+    pretend(monkeypatch, 9, FLASH)
+    given = {kernel.name: kernel.attend for kernel in attention._search()}
+    assert [given[name](*qkv(4, 4)).item() for name in FLASH.values()] == [2, 3, 4]
 
 
 def test_backend_without_a_gpu():

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from time import sleep
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lingbot_nb import cli
+from lingbot_nb.distill import flow
 from lingbot_nb.model import released, shards
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import LINGBOT, LINGBOT_1B, LINGBOT_ACT, MICRO
@@ -175,6 +178,46 @@ def test_a_loaded_dit_runs(tmp_path):
     assert v.shape == clip.shape and v.isfinite().all()
 
 
+def test_a_teacher_is_two_experts_that_meet_at_the_boundary(tmp_path):
+    """The base release in one call, sampled with guidance and a negative prompt; by hand it is the same clip."""
+    pytest.importorskip("diffusers")
+    folder = base(tmp_path / "base")
+    experts = released.load_experts(folder, dtype=torch.float32)
+    inputs = torch.Generator().manual_seed(0)
+    noise, condition, control = (torch.randn(1, c, 1, 4, 6, generator=inputs) for c in (16, 20, 384))
+    prompts = [torch.randn(1, 3, 64, generator=inputs) for _ in range(2)]
+
+    def velocity(dit, prompt):
+        given = dict(condition_BCFHW=condition, text=dit.text(prompt), camera=dit.film(control))
+        return lambda x, t: dit(x, torch.tensor(t), **given)
+
+    scales = dict(zip(experts, (5.0, 3.0), strict=True))
+    guided = [flow.with_guidance(*(velocity(dit, p) for p in prompts), w) for dit, w in scales.items()]
+    clips = [x for _, x in flow.unipc(flow.two_experts(*guided), noise, 4, shift=10.0)]
+
+    by_hand = DiT(CAM)
+    asked = []
+
+    def one_step(x, t):
+        asked.append(t)
+        part, w = ("high_noise_model", 5.0) if t >= 947 else ("low_noise_model", 3.0)
+        by_hand.load_state_dict(expected(folder)[part])
+        wanted, unwanted = (velocity(by_hand, prompt)(x, t).detach() for prompt in prompts)
+        return unwanted + w * (wanted - unwanted)
+
+    again = [x for _, x in flow.unipc(one_step, noise, 4, shift=10.0)]
+    assert asked[0] >= 947 > asked[-1]
+    assert all(torch.equal(a, b) for a, b in zip(clips, again, strict=True)) and not torch.equal(clips[0], clips[-1])
+    assert not any(p.requires_grad for dit in experts for p in dit.parameters())
+
+
+def test_a_release_of_one_dit_is_no_teacher(tmp_path):
+    folder = v2(tmp_path / "v2")
+    with pytest.raises(ValueError, match="holds transformers: a teacher has two experts, high_noise_model and low"):
+        released.load_experts(folder)
+    assert released.load_dit(folder).size == CAM
+
+
 def test_the_names_are_diffusers_own_both_ways():
     pytest.importorskip("diffusers")
     for name in state():
@@ -208,7 +251,7 @@ def test_a_config_speaks_for_unknown_widths():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the process's peak memory")
 def test_memory_stays_at_a_few_tensors(tmp_path):
-    """8 shards of 9 MB; the source never sits in memory, and loading costs the model and no more."""
+    """8 shards of 9 MB, two at a time; the source never sits in memory, and loading costs the model and little more."""
     size = replace(CAM, dim=384, heads=8, ffn_dim=768, layers=8, text_dim=64)
     with torch.device("meta"):
         shapes = released.tensor_shapes(DiT(size))
@@ -226,6 +269,7 @@ from pathlib import Path
 from lingbot_nb.model import released
 from lingbot_nb.model.dit import DiT
 peak = lambda: 1024 * int(re.search(r"VmHWM: *(\\d+)", Path("/proc/self/status").read_text().replace("\\t", " "))[1])
+released.THREADS = 2
 report, = released.inspect({str(folder)!r})
 before = peak()
 released.convert({str(folder)!r}, {str(tmp_path / "out")!r})
@@ -242,7 +286,7 @@ print(converted - before, verified - before, peak() - before)
     shard_bytes = total / 8
     assert total > 70e6
     assert converted < 2 * shard_bytes and verified < 2 * shard_bytes
-    assert loaded < total / 2 + 3 * shard_bytes
+    assert loaded < total / 2 + 2 * 2 * shard_bytes
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -251,6 +295,7 @@ print(converted - before, verified - before, peak() - before)
 def test_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch):
     folder, out = fast(tmp_path / "fast"), tmp_path / "out"
     written, write = [], shards.write
+    monkeypatch.setattr(released, "THREADS", 1)  # so that it stops at the fifth and not around it
 
     def stop_at_the_fifth(path, *arguments, **options):
         if len(written) == 4:
@@ -273,6 +318,28 @@ def test_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
     released.convert(folder, out)
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+
+
+def test_an_error_ends_the_other_shards_too(tmp_path, monkeypatch):
+    """Two shards are under way; one fails, and the other, which waits for that, stops at its next tensor."""
+    folder, out = fast(tmp_path / "fast"), tmp_path / "out"
+    monkeypatch.setattr(released, "THREADS", 2)
+    first_failed = Event()
+    tensors = released.Weights.tensors
+
+    def failing(self, file):
+        if "00001" in file.name:
+            first_failed.set()
+            raise OSError("the disk is gone")
+        for named in tensors(self, file):
+            first_failed.wait(10)
+            sleep(0.05)
+            yield named
+
+    monkeypatch.setattr(released.Weights, "tensors", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        released.convert(folder, out)
+    assert not [*out.glob("*.safetensors"), *out.glob("*.json")]
 
 
 def test_another_source_or_type_is_written_again(tmp_path):

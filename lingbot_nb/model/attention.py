@@ -147,14 +147,15 @@ def kernels() -> tuple[Kernel, ...]:
 def _search() -> tuple[Kernel, ...]:
     if not torch.cuda.is_available() or torch.version.hip:
         return ()
-    flash_2 = _imported("flash-attn-2", _flash_2, range(8, 257, 8))
-    if torch.cuda.get_device_capability()[0] < 9:
-        return tuple(flash_2)
-    newest = _imported("flash-attn-4", _flash_4, (64, 96, 128)) + _imported(
-        "flash-attn-3", _flash_3, range(64, 257, 64)
-    )
-    # On Hopper and later cuDNN's kernel is well ahead of flash-attn 2.
-    return (*newest, Kernel("cuDNN", cudnn, frozenset(range(8, 129, 8))), *flash_2)
+    generation = torch.cuda.get_device_capability()[0]
+    # Versions 3 and 4 import on any machine but run on these generations alone: Hopper, and Hopper to data-centre
+    # Blackwell (consumer Blackwell is 12).
+    flash_4 = _imported("flash-attn-4", _flash_4, (64, 96, 128)) if generation in (9, 10, 11) else []
+    flash_3 = _imported("flash-attn-3", _flash_3, range(64, 257, 64)) if generation == 9 else []
+    flash_2 = _imported("flash-attn-2", _flash_2, range(8, 257, 8)) if generation >= 8 else []
+    # From Hopper on cuDNN's kernel is well ahead of flash-attn 2.
+    cudnn_here = [Kernel("cuDNN", cudnn, frozenset(range(8, 129, 8)))] if generation >= 9 else []
+    return (*flash_4, *flash_3, *cudnn_here, *flash_2)
 
 
 def _kernel(device_type: str, dtype: torch.dtype, head_dim: int) -> Kernel:

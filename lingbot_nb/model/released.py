@@ -3,7 +3,8 @@
 Layouts read: two experts (high_noise_model/, low_noise_model/), one DiT in the folder itself with or without an index
 and a config.json, v2's transformers/ and transformer_causal/, and the transformer/ folders of diffusers pipelines,
 whose tensors may carry diffusers' names. Shards may be fp32, fp16 or bf16; nothing is unpickled but plain tensors.
-Memory holds one tensor at a time, whatever the size of the model.
+Memory holds one tensor of each shard at work, whatever the size of the model; a few shards are worked on side by side,
+because one core can neither hash nor copy as fast as a disk reads.
 """
 
 import json
@@ -11,9 +12,13 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +39,8 @@ PARTS = (
     "transformer_2",
 )
 """Folders that hold a DiT inside a release."""
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+"""Parts of a teacher: the high-noise expert, then the low-noise one."""
 CARD = "weights.json"
 """Says what a converted folder was made from, with each shard's sha256."""
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -45,8 +52,12 @@ COMPANIONS = {
 }
 """What else a release holds, for `WanVAE` and `WanText`."""
 
+THREADS = min(8, os.cpu_count() or 1)
+"""Shards that are read or written side by side."""
+
 Shape = tuple[int, ...]
 Progress = Callable[[str], object]
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 _GIB = 2**30
 _TOLD = 5
@@ -426,6 +437,21 @@ def _report(weights: Weights, size: ModelSize | None) -> Report:
 # -- reading and writing ------------------------------------------------------------------------------------------
 
 
+def shardwise(work: Callable[[Item, Event], Result], items: Iterable[Item]) -> list[Result]:
+    """`work(item, stop)` of every item in order, THREADS at a time; an error or Ctrl-C sets `stop` for the others."""
+    stop = Event()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            return list(pool.map(lambda item: work(item, stop), items))
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _tensors(weights: Weights, file: Path, stop: Event) -> Iterator[tuple[str, Tensor]]:
+    return takewhile(lambda _: not stop.is_set(), weights.tensors(file))
+
+
 def load_released(
     path: Path | str,
     dit: DiT,
@@ -441,10 +467,45 @@ def load_released(
     """
     weights = find_one(path, part)
     report = compare(weights, tensor_shapes(dit), dit.size).check()
-    for file in weights.files:
-        state = {name: tensor.to(dtype or tensor.dtype).to(device) for name, tensor in weights.tensors(file)}
-        dit.load_state_dict(state, strict=False, assign=True)
+    _fill(dit, weights, device, dtype)
     return report
+
+
+def load_dit(
+    path: Path | str,
+    *,
+    part: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> DiT:
+    """The DiT of a release, its size told from the weights, filled as by `load_released` and frozen for inference."""
+    weights = find_one(path, part)
+    report = _report(weights, None).check()
+    dit = DiT(report.size, device="meta")
+    _fill(dit, weights, device, dtype)
+    return dit.eval().requires_grad_(False)
+
+
+def load_experts(path: Path | str, **options) -> tuple[DiT, DiT]:
+    """The teacher's high-noise and low-noise DiT; `options` are `load_dit`'s. ValueError for a release with one DiT."""
+    found = {weights.part for weights in find(path)}
+    pair = next((parts for parts in EXPERTS if found.issuperset(parts)), None)
+    if pair is None:
+        names = ", ".join(sorted(part or "the folder itself" for part in found))
+        raise ValueError(f"{path} holds {names}: a teacher has two experts, {' and '.join(EXPERTS[0])}")
+    high, low = (load_dit(path, part=part, **options) for part in pair)
+    return high, low
+
+
+def _fill(dit: DiT, weights: Weights, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    # With its number: a thread would take another "cuda" than its caller's.
+    device = torch.empty(0, device=device).device
+
+    def load(file: Path, stop: Event) -> dict[str, Tensor]:
+        return {name: x.to(dtype or x.dtype).to(device) for name, x in _tensors(weights, file, stop)}
+
+    for state in shardwise(load, weights.files):
+        dit.load_state_dict(state, strict=False, assign=True)
 
 
 def convert(
@@ -470,7 +531,7 @@ def convert(
     _check_disk(out, jobs)
     for report in reports:
         mine = [job for job in jobs if job.weights is report.weights]
-        digests = {job.target.name: _carry_out(job, progress) for job in mine}
+        digests = dict(shardwise(lambda job, stop: (job.target.name, _carry_out(job, progress, stop)), mine))
         _close(out / report.weights.part, mine, digests, report)
     return [_report(find_one(out, report.weights.part), report.size).check() for report in reports]
 
@@ -526,13 +587,13 @@ def _check_disk(out: Path, jobs: list[_Job]) -> None:
         )
 
 
-def _carry_out(job: _Job, progress: Progress) -> str:
+def _carry_out(job: _Job, progress: Progress, stop: Event) -> str:
     """Write the shard unless it is there; its sha256."""
     if job.done:
         progress(f"{job.target.name}: there already")
         return shards.sha256(job.target)
     dtype = shards.DTYPES[next(iter(job.entries.values())).dtype]
-    data = ((name, tensor.to(dtype)) for name, tensor in job.weights.tensors(job.source))
+    data = ((name, tensor.to(dtype)) for name, tensor in _tensors(job.weights, job.source, stop))
     digest = shards.write(job.target, job.entries, data, source=job.stamp)
     progress(f"{job.target.name}: {len(job.entries)} tensors from {job.source.name}")
     return digest
@@ -542,13 +603,14 @@ def _close(folder: Path, jobs: list[_Job], digests: dict[str, str], report: Repo
     """The small files, the index last: an index on disk means whole weights."""
     weight_map = {name: job.target.name for job in jobs for name in job.entries}
     total = sum(entry.bytes for job in jobs for entry in job.entries.values())
-    config = {**report.weights.config, **_config_of(report.size)}
+    config = {**report.weights.config, **config_of(report.size)}
     _write_json(folder / "config.json", config)
     _write_json(folder / CARD, {"source": str(report.weights.folder.resolve()), "sha256": digests})
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _config_of(size: ModelSize) -> dict:
+def config_of(size: ModelSize) -> dict:
+    """A release's config.json, as far as it follows from the model's size."""
     return {
         "dim": size.dim,
         "num_heads": size.heads,
@@ -595,10 +657,14 @@ def verify(
 
 
 def _verify(report: Report, progress: Progress) -> Verified:
-    weights, not_finite = report.weights, []
-    for file in weights.files:
-        not_finite += [name for name, tensor in weights.tensors(file) if not _finite(tensor)]
+    weights = report.weights
+
+    def read(file: Path, stop: Event) -> list[str]:
+        not_finite = [name for name, tensor in _tensors(weights, file, stop) if not _finite(tensor)]
         progress(f"{file.name}: read")
+        return not_finite
+
+    not_finite = [name for names in shardwise(read, weights.files) for name in names]
     return Verified(report, tuple(not_finite), tuple(_changed(weights.folder)))
 
 
@@ -607,14 +673,16 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(value.isfinite().item() for value in torch.aminmax(tensor))
 
 
-def _changed(folder: Path) -> Iterator[str]:
+def _changed(folder: Path) -> list[str]:
     card = folder / CARD
     if not card.is_file():
-        return
+        return []
     try:
         digests = dict(json.loads(card.read_text())["sha256"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"card {card} is unreadable: convert again") from error
-    for name, digest in digests.items():
-        if not (folder / name).is_file() or shards.sha256(folder / name) != digest:
-            yield name
+
+    def same(name: str, stop: Event) -> bool:
+        return (folder / name).is_file() and shards.sha256(folder / name) == digests[name]
+
+    return [name for name, equal in zip(digests, shardwise(same, digests), strict=True) if not equal]
