@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lingbot_nb import cli
-from lingbot_nb.distill import flow
+from lingbot_nb.distill import flow, teacher
+from lingbot_nb.distill.forcing import gaussian
 from lingbot_nb.model import released, shards
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.presets import LINGBOT, LINGBOT_1B, LINGBOT_ACT, MICRO
+from lingbot_nb.presets import LINGBOT, LINGBOT_1B, LINGBOT_ACT, MICRO, FlowSettings
+from lingbot_nb.world.latents import Batch
 
 CAM = replace(MICRO.model, control_channels=6)
 ACT = replace(MICRO.model, control_channels=7)
@@ -186,29 +188,31 @@ def test_a_teacher_is_two_experts_that_meet_at_the_boundary(tmp_path):
     inputs = torch.Generator().manual_seed(0)
     noise, condition, control = (torch.randn(1, c, 1, 4, 6, generator=inputs) for c in (16, 20, 384))
     prompts = [torch.randn(1, 3, 64, generator=inputs) for _ in range(2)]
-
-    def velocity(dit, prompt):
-        given = dict(condition_BCFHW=condition, text=dit.text(prompt), camera=dit.film(control))
-        return lambda x, t: dit(x, torch.tensor(t), **given)
-
-    scales = dict(zip(experts, (5.0, 3.0), strict=True))
-    guided = [flow.with_guidance(*(velocity(dit, p) for p in prompts), w) for dit, w in scales.items()]
-    clips = [x for _, x in flow.unipc(flow.two_experts(*guided), noise, 4, shift=10.0)]
+    batch, settings = Batch(noise, condition, control, prompts[0]), FlowSettings(shift=10.0, teacher_steps=4)
+    start, scales = gaussian(noise, torch.Generator().manual_seed(1)), (5.0, 3.0)
+    options = dict(guidance=scales, generator=torch.Generator().manual_seed(1))
+    clip = teacher.teacher_clip(*experts, batch, prompts[1], settings, **options)
 
     by_hand = DiT(CAM)
     asked = []
 
+    @torch.no_grad()
     def one_step(x, t):
         asked.append(t)
         part, w = ("high_noise_model", 5.0) if t >= 947 else ("low_noise_model", 3.0)
         by_hand.load_state_dict(expected(folder)[part])
-        wanted, unwanted = (velocity(by_hand, prompt)(x, t).detach() for prompt in prompts)
+        given = dict(condition_BCFHW=condition, camera=by_hand.film(control))
+        wanted, unwanted = (by_hand(x, torch.tensor(t), text=by_hand.text(prompt), **given) for prompt in prompts)
         return unwanted + w * (wanted - unwanted)
 
-    again = [x for _, x in flow.unipc(one_step, noise, 4, shift=10.0)]
+    states = [x for _, x in flow.unipc(one_step, start, 4, shift=10.0)]
     assert asked[0] >= 947 > asked[-1]
-    assert all(torch.equal(a, b) for a, b in zip(clips, again, strict=True)) and not torch.equal(clips[0], clips[-1])
+    assert torch.equal(clip, states[-1]) and not torch.equal(clip, start)
     assert not any(p.requires_grad for dit in experts for p in dit.parameters())
+    with pytest.raises(ValueError, match="guidance w = 5.0 needs an unconditional velocity"):
+        teacher.teacher_velocity(*experts, batch)
+    alone = teacher.teacher_clip(experts[0], None, batch, None, settings, **{**options, "guidance": (1.0, 1.0)})
+    assert alone.isfinite().all() and not torch.equal(alone, clip)
 
 
 def test_a_release_of_one_dit_is_no_teacher(tmp_path):
