@@ -26,6 +26,8 @@ MAP = "my_way_home"
 PROMPT = map_prompt(MAP)
 START = 2
 """The shipped clip that play begins with: a corridor of lamps, where turning and walking show."""
+FIRST_HELD_OUT = 112
+"""Number of the first held-out walk of a run with seed 0: a walk through rooms with texture, on which errors show."""
 SHARD = 4
 """Clips to a shard of a run's own walks."""
 
@@ -70,7 +72,7 @@ def walks(run: Run, count: int, *, seed: int = 0, held_out: bool = False) -> lis
 
     split = "held-out" if held_out else "train"
     folder = run.path(f"clips/{split}-{seed}")
-    first = seed * 100_000 + (HELD_OUT_SEED if held_out else 0)
+    first = seed * 100_000 + (HELD_OUT_SEED + FIRST_HELD_OUT if held_out else 0)
     # A few seeds more than wanted, since dark and stuck walks are dropped; whole shards of one size, so that a notebook
     # which wants more clips finds those of another as they are.
     wanted = -(-(count + 2 + count // 8) // SHARD) * SHARD

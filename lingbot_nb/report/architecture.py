@@ -4,13 +4,12 @@ FLOP formulas count one multiply-add as 2; softmax, norms, element-wise work, pa
 the head are left out (under 1 % at 14B). This module knows nothing of time on a clock: see `bench`.
 """
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lingbot_nb.model import shards
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import ModelSize, StreamSettings, VideoShape
 
@@ -108,25 +107,11 @@ def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
         raise FileNotFoundError(f"no safetensors at {path}: give a .safetensors file or a folder that holds some")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        header = _header(file)
+        header = {name: entry.shape for name, entry in shards.header(file).items()}
         if twice := shapes.keys() & header.keys():
             raise ValueError(f"{file} repeats tensor '{min(twice)}' of another shard: the folder mixes two models")
         shapes |= header
     return shapes
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """safetensors: 8 bytes little-endian length, then a JSON object name -> dtype, shape, data offsets."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= file.stat().st_size - 8:
-            raise ValueError(f"{file} is no safetensors file: its header is cut off or damaged, fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-            return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} has a damaged safetensors header: fetch it again") from error
 
 
 def diff(first: Mapping[str, Sequence[int]], second: Mapping[str, Sequence[int]]) -> Diff:
