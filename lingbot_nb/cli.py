@@ -129,6 +129,13 @@ def bench(options: argparse.Namespace) -> int:
     return {"play": commands.bench_play, "endless": commands.bench_endless}[options.what](options)
 
 
+def bench_stream(options: argparse.Namespace) -> int:
+    """Measure the streaming engine with random weights, any size, beside the plain path and the floor."""
+    from lingbot_nb.report import bench_stream
+
+    return bench_stream.command(options)
+
+
 def weights(options: argparse.Namespace) -> int:
     """Inspect, convert or verify a released folder; prints what fits and what does not."""
     from lingbot_nb import presets
@@ -205,10 +212,38 @@ def _add_play(commands) -> None:
     command.add_argument("--chunk", type=_numbers, default=(1, 3), metavar="1,3", help="chunk lengths in frames")
     _add_session(command)
 
+    _add_bench_stream(benches)
+
     command = benches.add_parser("endless", help="picture quality, time and memory over minutes of play")
     command.add_argument("--minutes", type=float, default=30, help="minutes of world time (default: 30)")
     command.add_argument("--chunk", type=_positive, default=1, help="chunk length in frames")
     _add_session(command)
+
+
+def _add_bench_stream(benches) -> None:
+    command = benches.add_parser("stream", help="speed of the streaming engine at any size, random weights")
+    command.set_defaults(command=bench_stream)
+    add = command.add_argument
+    add("--preset", default="tiny", help="scale (default: tiny)")
+    add("--height", type=_positive, help="pixels (default: the preset's)")
+    add("--width", type=_positive, help="pixels (default: the preset's)")
+    add("--layers", type=_positive, help="transformer layers (default: the preset's)")
+    add("--steps", type=_numbers, default=(4,), metavar="4,2", help="denoising steps; a row for each (default: 4)")
+    add("--chunk", type=_positive, help="latent frames denoised together")
+    add("--window", type=_positive, help="latent frames in sight, sink and chunk included")
+    add("--sink", type=int, help="first latent frames that stay in sight")
+    add("--chunks", type=_positive, default=20, help="chunks that are timed (default: 20)")
+    add("--plain-chunks", type=int, default=2, help="chunks of the plain path that are timed; 0 leaves it out")
+    add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    for name, what in (("compile", "torch.compile"), ("graph", "CUDA graphs"), ("join", "q, k and v as one product")):
+        add(f"--no-{name}", action="store_true", help=f"without {what}")
+    add("--fp8", action="store_true", help="products in 8-bit floating point")
+    add("--fp8-attention", action="store_true", help="self-attention and its cache in 8-bit floating point as well")
+    add("--merge", action="store_true", help="the clean pass and the next chunk's first step as one pass")
+    add("--no-clean-pass", action="store_true", help="the past is what the last step wrote")
+    add("--check", type=int, default=0, nargs="?", const=40, metavar="CHUNKS", help="compare with the plain path (40)")
+    add("--profile", action="store_true", help="list the kernels of one chunk; GPU only")
+    add("--out", type=Path, help="JSON of all numbers; a picture comes beside it")
 
 
 def _add_weights(commands) -> None:

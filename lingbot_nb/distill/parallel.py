@@ -61,17 +61,37 @@ def draw(make: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], genera
 def average_gradients(parameters: Iterable[nn.Parameter], values: Sequence[Tensor] = ()) -> list[Tensor]:
     """Replaces every gradient by its mean over ranks, in one all-reduce of all of them.
 
-    `values`, scalars to log, travel along; their means are returned.
+    `values`, scalars to log, travel along; their means are returned. Gradients of sharded parameters (`sharded`) are
+    means already.
     """
     if not several():
         return list(values)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([*(g.reshape(-1) for g in gradients), *(v.detach().reshape(1).to(gradients[0]) for v in values)])
+    gradients = [p.grad for p in parameters if p.grad is not None and not _is_shard(p.grad)]
+    like = gradients[0] if gradients else values[0].float()
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), *(v.detach().reshape(1).to(like) for v in values)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     *parts, means = flat.split([*(g.numel() for g in gradients), len(values)])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    if gradients:
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
     return list(means.unbind())
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Scales the gradients to norm `limit` where theirs is larger, and returns the norm before, of all ranks' shards
+    together; fp32, on every rank the same."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if _is_shard(norm) else norm
+
+
+def sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether each rank holds only its shard of these parameters."""
+    return any(_is_shard(p) for p in parameters)
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    # Importing DTensor to ask takes a second, which those who never shard need not wait.
+    return hasattr(tensor, "full_tensor")
 
 
 def agree(value: float, device: torch.device | str) -> float:

@@ -70,12 +70,19 @@ class Average:
     theta⁻ ← decay · theta⁻ + (1 - decay) · theta after each update; until update `start` it is a plain copy. Buffers
     are copied. After n averaged updates the decay is at most n / (n + 9), so that a short run does not keep the weights
     it started from: 0.999 alone would still hold 30 % of them after 1,200 updates.
+    `copied` makes the module that is kept: `sharded.twin` where a deep copy cannot.
     """
 
-    def __init__(self, module: nn.Module, decay: float, start: int = 0):
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        start: int = 0,
+        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    ):
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay {decay} is outside [0, 1): use e.g. 0.99")
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module = copied(module).requires_grad_(False).eval()
         self.decay, self.start, self.updates = decay, start, 0
         self._followed: tuple[nn.Module, list[list[Tensor]]] | None = None
 
@@ -274,6 +281,25 @@ def _card(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
+def _save_once(folder: Path | str, state: TrainState) -> None:
+    if parallel.place()[0] == 0:
+        save_checkpoint(folder, state)
+
+
+@dataclass(frozen=True)
+class Store:
+    """How checkpoints are kept: `save(folder, state)`, called by every rank; `found(folder)`, the whole ones, oldest
+    first; `load(checkpoint, state)`. `sharded.SHARDS` is for models that no rank holds whole."""
+
+    save: Callable[[Path | str, TrainState], object]
+    found: Callable[[Path | str], list[Path]]
+    load: Callable[[Path, TrainState], None]
+
+
+FILES = Store(_save_once, checkpoints, load_checkpoint)
+"""One file a checkpoint, written by rank 0."""
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +332,7 @@ def fit(
     schedule: Schedule = constant,
     metrics: Path | str | None = None,
     log_every: int = 1,
+    store: Store = FILES,
 ) -> Iterator[dict[str, float]]:
     """Trains until `steps` steps or `seconds` seconds (of training, over all restarts) have passed, whichever is first.
 
@@ -316,12 +343,12 @@ def fit(
 
     With `log_every` k > 1 rows come k at a time, read from the device together; the state is then up to k - 1 steps
     ahead of the row at hand. Of several ranks, which must all call this, rank 0 writes; a checkpoint needs a
-    `parallel.SharedGenerator`.
+    `parallel.SharedGenerator`. `store` is how checkpoints are kept.
 
     Raises Diverged (nothing is saved after it) where a step met nan or inf, or returned a "…loss" or "…grad" that is.
     """
     _check_fit(state, steps, seconds, checkpoint, log_every)
-    saved = resume(state, checkpoint)
+    saved = resume(state, checkpoint, store)
     log = _MetricsLog(metrics if parallel.place()[0] == 0 else None, state.step)
     rates = {role: [group["lr"] for group in optimizer.param_groups] for role, optimizer in state.optimizers.items()}
     clock, waiting, wrong = _Clock(state), [], None
@@ -331,7 +358,7 @@ def fit(
             factor = schedule(_progress(state, steps, seconds))
             _set_rates(state, rates, factor)
             with clock:
-                row = _attempted(step, state, checkpoint)
+                row = _attempted(step, state, checkpoint, store)
             state.step += 1
             clock.tick(state)
             waiting.append({"step": state.step, "seconds": state.seconds, "lr": factor, **row})
@@ -344,21 +371,21 @@ def fit(
             for row in rows:
                 log.add(row)
             if due and not wrong:
-                saved = _save(checkpoint, state, rates)
+                saved = _save(checkpoint, state, rates, store)
             yield from rows
         if wrong:
-            raise _diverged(*wrong, checkpoint)
+            raise _diverged(*wrong, checkpoint, store)
     except GeneratorExit:
         # Closed at a yield, between two steps: the state is whole. An exception inside a step is another matter.
         if checkpoint is not None and saved != state.step and not wrong:
-            _save(checkpoint, state, rates)
+            _save(checkpoint, state, rates, store)
         raise
     finally:
         state.ahead = False
         _set_rates(state, rates, 1.0)
         log.close()
     if checkpoint is not None and saved != state.step:
-        _save(checkpoint, state, rates)
+        _save(checkpoint, state, rates, store)
 
 
 def _check_fit(
@@ -372,21 +399,20 @@ def _check_fit(
         raise ValueError("ranks with generators of their own cannot share a checkpoint: use parallel.shared_generator")
 
 
-def resume(state: TrainState, checkpoint: Path | str | None) -> int | None:
+def resume(state: TrainState, checkpoint: Path | str | None, store: Store = FILES) -> int | None:
     """Loads the newest checkpoint of a folder into `state`; the step it stands at, None where there is none."""
-    found = checkpoints(checkpoint) if checkpoint is not None else []
+    found = store.found(checkpoint) if checkpoint is not None else []
     if not found:
         return None
-    load_checkpoint(found[-1], state)
+    store.load(found[-1], state)
     return state.step
 
 
-def _save(checkpoint: Path | str, state: TrainState, rates: dict) -> int:
+def _save(checkpoint: Path | str, state: TrainState, rates: dict, store: Store) -> int:
     # A checkpoint keeps the unscaled rates: the schedule is applied anew from the step it resumes at.
     scaled = {role: [g["lr"] for g in state.optimizers[role].param_groups] for role in rates}
     _set_rates(state, rates, 1.0)
-    if parallel.place()[0] == 0:
-        save_checkpoint(checkpoint, state)
+    store.save(checkpoint, state)
     _set_rates(state, scaled, 1.0)
     return state.step
 
@@ -440,11 +466,11 @@ class _Clock:
         state.seconds = max(state.seconds, now)
 
 
-def _attempted(step: Step, state: TrainState, checkpoint: Path | str | None) -> dict[str, float | Tensor]:
+def _attempted(step: Step, state: TrainState, checkpoint: Path | str | None, store: Store) -> dict[str, float | Tensor]:
     try:
         return step(state)
     except Diverged as error:
-        raise _diverged(state.step + 1, str(error), checkpoint) from error
+        raise _diverged(state.step + 1, str(error), checkpoint, store) from error
 
 
 def _settled(waiting: list[dict[str, float | Tensor]]) -> tuple[list[dict[str, float]], tuple[int, str] | None]:
@@ -476,8 +502,8 @@ def _numbers(rows: list[dict[str, float | Tensor]]) -> list[dict[str, float]]:
     return [{name: number(value) for name, value in row.items()} for row in rows]
 
 
-def _diverged(step: int, what: str, checkpoint: Path | str | None) -> Diverged:
-    found = checkpoints(checkpoint) if checkpoint is not None else []
+def _diverged(step: int, what: str, checkpoint: Path | str | None, store: Store) -> Diverged:
+    found = store.found(checkpoint) if checkpoint is not None else []
     kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint to go back to"
     return Diverged(f"step {step}: {what}; {kept}; lower the learning rate or check the data")
 
@@ -574,8 +600,8 @@ def descend(
 
     total, info = gradients(parameters, careful, accumulate)
     total, *values = parallel.average_gradients(parameters, [total, *info.values()])
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    if state.ahead and can_skip(optimizer):
+    norm = parallel.clip_gradients(parameters, clip)
+    if state.ahead and can_skip(optimizer) and not parallel.sharded(parameters):
         bad = ~(total.isfinite() & norm.isfinite())
         skip_where(optimizer, bad.to(torch.float32))
     else:

@@ -43,8 +43,11 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+class Linear(nn.Linear):
+    """A linear map that takes its input in any type and works in its weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def _linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -75,10 +78,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float, **kwargs):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, **kwargs)
-        self.k = nn.Linear(dim, dim, **kwargs)
-        self.v = nn.Linear(dim, dim, **kwargs)
-        self.o = nn.Linear(dim, dim, **kwargs)
+        self.q = Linear(dim, dim, **kwargs)
+        self.k = Linear(dim, dim, **kwargs)
+        self.v = Linear(dim, dim, **kwargs)
+        self.o = Linear(dim, dim, **kwargs)
         self.norm_q = RMSNorm(dim, eps, **kwargs)
         self.norm_k = RMSNorm(dim, eps, **kwargs)
 
@@ -86,17 +89,23 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], self.heads, -1)
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self.norm_q(_linear(self.q, x)))
+        return self._heads(self.norm_q(self.q(x)))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k(_linear(self.k, x))), self._heads(_linear(self.v, x))
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.queries(x), *self.keys_values(x)
 
     def out(self, y_BLND: Tensor) -> Tensor:
-        return _linear(self.o, y_BLND.flatten(2))
+        return self.o(y_BLND.flatten(2))
 
 
 class Layer(nn.Module):
-    """One transformer layer: self-attention, camera, text, feed-forward."""
+    """One transformer layer: self-attention, camera, text, feed-forward. `attend` is the call that attention goes
+    through, for those who need it in another form."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, size: ModelSize, **kwargs):
         super().__init__()
@@ -106,20 +115,20 @@ class Layer(nn.Module):
         self.cross_attn = Attention(dim, size.heads, size.eps, **kwargs)
         self.norm3 = nn.LayerNorm(dim, size.eps, **kwargs)
         self.ffn = nn.Sequential(
-            nn.Linear(dim, size.ffn_dim, **kwargs), nn.GELU("tanh"), nn.Linear(size.ffn_dim, dim, **kwargs)
+            Linear(dim, size.ffn_dim, **kwargs), nn.GELU("tanh"), Linear(size.ffn_dim, dim, **kwargs)
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, dim, **kwargs))
         if size.control_channels:
-            self.cam_injector_layer1 = nn.Linear(dim, dim, **kwargs)
-            self.cam_injector_layer2 = nn.Linear(dim, dim, **kwargs)
-            self.cam_scale_layer = nn.Linear(dim, dim, **kwargs)
-            self.cam_shift_layer = nn.Linear(dim, dim, **kwargs)
+            self.cam_injector_layer1 = Linear(dim, dim, **kwargs)
+            self.cam_injector_layer2 = Linear(dim, dim, **kwargs)
+            self.cam_scale_layer = Linear(dim, dim, **kwargs)
+            self.cam_shift_layer = Linear(dim, dim, **kwargs)
 
     def film(self, camera_BLD: Tensor) -> Film:
         """Scale and shift that the camera tokens give to this layer's residual stream."""
-        hidden = F.silu(_linear(self.cam_injector_layer1, camera_BLD))
-        hidden = _linear(self.cam_injector_layer2, hidden) + camera_BLD
-        return _linear(self.cam_scale_layer, hidden), _linear(self.cam_shift_layer, hidden)
+        hidden = F.silu(self.cam_injector_layer1(camera_BLD))
+        hidden = self.cam_injector_layer2(hidden) + camera_BLD
+        return self.cam_scale_layer(hidden), self.cam_shift_layer(hidden)
 
     def modulations(self, time_BF6D: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale, gate of self-attention, then of the feed-forward, fp32: see `_spread`."""
@@ -127,8 +136,7 @@ class Layer(nn.Module):
 
     def before(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unturned q, k, v [B, L, N, D] of self-attention."""
-        h = _modulate(x, self.eps, shift, scale)
-        return self.self_attn.queries(h), *self.self_attn.keys_values(h)
+        return self.self_attn.queries_keys_values(_modulate(x, self.eps, shift, scale))
 
     def after(self, x: Tensor, y_BLND: Tensor, gates: tuple[Tensor, ...], text, camera) -> Tensor:
         """Everything that follows self-attention's softmax."""
@@ -138,15 +146,14 @@ class Layer(nn.Module):
             scale_BLD, shift_BLD = camera if isinstance(camera, tuple) else self.film(camera)
             x = torch.addcmul(x + shift_BLD, x, scale_BLD.to(x.dtype))
         x = x + self._read(F.layer_norm(x, x.shape[-1:], *self._norm3(), self.eps), text)
-        h = _linear(self.ffn[0], _modulate(x, self.eps, shift, scale))
-        return _gated(x, gate, _linear(self.ffn[2], self.ffn[1](h)))
+        return _gated(x, gate, self.ffn(_modulate(x, self.eps, shift, scale)))
 
     def _norm3(self) -> tuple[Tensor, Tensor]:
         return self.norm3.weight.float(), self.norm3.bias.float()
 
     def _read(self, x: Tensor, text) -> Tensor:
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
-        return self.cross_attn.out(attend(self.cross_attn.queries(x), *_batched(k, v, len(x))))
+        return self.cross_attn.out(self.attend(self.cross_attn.queries(x), *_batched(k, v, len(x))))
 
     def forward(self, x: Tensor, time_BF6D: Tensor, rope: RopeTable | None, text, camera, mask, kv=None) -> Tensor:
         """x [B, L, D] fp32 -> the same. `kv`, a cache and this layer's number in it, replaces `rope`."""
@@ -157,7 +164,7 @@ class Layer(nn.Module):
         else:
             cache, index = kv
             q, k, v = cache.update(index, q, k, v)
-        return self.after(x, attend(q, k, v, mask), tuple(gates), text, camera)
+        return self.after(x, self.attend(q, k, v, mask), tuple(gates), text, camera)
 
 
 def _batched(k: Tensor, v: Tensor, batch: int) -> tuple[Tensor, Tensor]:
@@ -227,16 +234,16 @@ class DiT(nn.Module):
         self.size = size
         self.patch_embedding = nn.Conv3d(size.in_channels, dim, PATCH, PATCH, **kwargs)
         self.text_embedding = nn.Sequential(
-            nn.Linear(size.text_dim, dim, **kwargs), nn.GELU("tanh"), nn.Linear(dim, dim, **kwargs)
+            Linear(size.text_dim, dim, **kwargs), nn.GELU("tanh"), Linear(dim, dim, **kwargs)
         )
         self.time_embedding = nn.Sequential(
             nn.Linear(size.freq_dim, dim, **kwargs), nn.SiLU(), nn.Linear(dim, dim, **kwargs)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, **kwargs))
         if size.control_channels:
-            self.patch_embedding_wancamctrl = nn.Linear(size.control_features, dim, **kwargs)
-            self.c2ws_hidden_states_layer1 = nn.Linear(dim, dim, **kwargs)
-            self.c2ws_hidden_states_layer2 = nn.Linear(dim, dim, **kwargs)
+            self.patch_embedding_wancamctrl = Linear(size.control_features, dim, **kwargs)
+            self.c2ws_hidden_states_layer1 = Linear(dim, dim, **kwargs)
+            self.c2ws_hidden_states_layer2 = Linear(dim, dim, **kwargs)
         self.blocks = nn.ModuleList(Layer(size, **kwargs) for _ in range(size.layers))
         self.head = Head(size, **kwargs)
         self.initialise()
@@ -272,8 +279,7 @@ class DiT(nn.Module):
             F.pad(self._checked(row), (0, 0, 0, self.size.text_len - len(row)))
             for row in (context if isinstance(context, list) else context.unbind(0))
         ]
-        first, activation, second = self.text_embedding
-        return _linear(second, activation(_linear(first, torch.stack(rows))))
+        return self.text_embedding(torch.stack(rows))
 
     def _checked(self, row: Tensor) -> Tensor:
         if row.ndim != 2 or row.shape[1] != self.size.text_dim or len(row) > self.size.text_len:
@@ -291,9 +297,9 @@ class DiT(nn.Module):
                 f"control has {control_BCFHW.shape[1]} channels, this model takes {expected}: build it for "
                 f"{self.size.control_channels} channels a pixel"
             )
-        tokens = _linear(self.patch_embedding_wancamctrl, _patches(control_BCFHW))
-        hidden = F.silu(_linear(self.c2ws_hidden_states_layer1, tokens))
-        return tokens + _linear(self.c2ws_hidden_states_layer2, hidden)
+        tokens = self.patch_embedding_wancamctrl(_patches(control_BCFHW))
+        hidden = F.silu(self.c2ws_hidden_states_layer1(tokens))
+        return tokens + self.c2ws_hidden_states_layer2(hidden)
 
     def film(self, control_BCFHW: Tensor) -> list[Film]:
         """Per layer, the camera's scale and shift [B, L, D]: once a chunk, good for all its forwards."""
@@ -336,7 +342,7 @@ class DiT(nn.Module):
         frames, height, width = latent.shape[2:]
         grid = frames, height // PATCH[1], width // PATCH[2]
         self._check(latent, mask, cache, positions)
-        x = _linear_patch(self.patch_embedding, _patches(latent)).float()
+        x = self.tokens(latent)
         time = t if isinstance(t, Time) else self.time(t.to(x.device))
         rope = stream = None
         if cache is None:
@@ -350,8 +356,16 @@ class DiT(nn.Module):
             film = camera if camera is None or isinstance(camera, Tensor) else camera[index]
             inputs = x, time.layers, rope, words, film, mask, stream and (stream, index)
             x = recompute(layer, *inputs, use_reentrant=False) if checkpoint else layer(*inputs)
-        with torch.autocast(x.device.type, enabled=False):
-            return _unpatch(self.head(x, time.head), grid)
+        return self.velocity(x, time, grid)
+
+    def tokens(self, latent_BCFHW: Tensor) -> Tensor:
+        """Latent and condition channels together [B, 36, F, H, W] as tokens [B, L, D], fp32: what the layers turn."""
+        return _linear_patch(self.patch_embedding, _patches(latent_BCFHW)).float()
+
+    def velocity(self, x_BLD: Tensor, time: Time, grid: tuple[int, int, int]) -> Tensor:
+        """What the last layer left, as velocity [B, 16, F, H, W], fp32. `grid`: tokens as (frames, height, width)."""
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return _unpatch(self.head(x_BLD, time.head), grid)
 
     def _check(self, latent: Tensor, mask: FrameMask | None, cache, positions) -> None:
         frames, height, width = latent.shape[2:]

@@ -1,7 +1,8 @@
 """What a stream remembers of its past: keys and values of the frames in sight, for play and for training."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,85 @@ def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
     return [(slots[i], i, j - i) for i, j in zip(starts, [*starts[1:], len(slots)], strict=True)]
 
 
+class Place(NamedTuple):
+    """One layer's buffers of keys and values [B, tokens that fit, N, D], the rows of them that are a chunk's, int64
+    [L], and the chunk's angles."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    table: RopeTable
+
+
+def put(place: Place, turned_k: Tensor, v: Tensor) -> None:
+    """Write a chunk's turned keys and its values [B, L, N, D] where they belong."""
+    for buffer, x in ((place.keys, turned_k), (place.values, v)):
+        bits(buffer).index_copy_(1, place.slots, bits(x.to(buffer.dtype)))
+
+
+def bits(x: Tensor) -> Tensor:
+    """8-bit floating point numbers as the bytes they are, which can be moved about everywhere; others as they are."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def _refill(place: RopeTable, table: RopeTable) -> None:
+    for old, new in zip(place, table, strict=True):
+        old.copy_(new)
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What one chunk, frames `start` to `start` + `frames`, sees of a cache, and where its own part of it is.
+
+    It holds while the chunk runs; `held` outlasts it. `tokens`: those in sight. `new_sink`: frames of the chunk that
+    become a sink which will move. `leaves_sink`: whether the sink's keys are to be moved for it.
+    """
+
+    cache: "KVCache"
+    start: int
+    frames: int
+    tokens: int
+    new_sink: int
+    leaves_sink: bool
+    table: RopeTable
+    slots: Tensor
+
+    @property
+    def phase(self) -> tuple[int, ...]:
+        """Chunks of equal phase run the same kernels on the same addresses: one CUDA graph is good for all of them."""
+        return self.frames, self.tokens, self.start if self.new_sink else -1, int(self.leaves_sink)
+
+    @property
+    def fills_sink(self) -> bool:
+        """Whether every pass over the chunk is to `keep_sink`."""
+        return self.new_sink > 0
+
+    def place(self, layer: int) -> Place:
+        """Where the chunk's keys and values of a layer belong: for callers that `put` them there themselves."""
+        return Place(*self.cache.buffers(layer), self.slots, self.table)
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of all frames in sight: see `KVCache.update`."""
+        return tuple(buffer[:, : self.tokens] for buffer in self.cache.buffers(layer))
+
+    def keep_sink(self, layer: int, unturned_k: Tensor) -> None:
+        """Keep a layer's unturned keys [B, L, N, D] of the frames that become the sink."""
+        self.cache.keep_sink(layer, self.start, unturned_k[:, : self.new_sink * unturned_k.shape[1] // self.frames])
+
+    def move_sink(self, layer: int, turn: Callable[[Tensor, RopeTable], Tensor] = apply_rope) -> None:
+        """Stand a layer's sink keys right before the chunk's window; nothing to do until they are left behind."""
+        if self.leaves_sink:
+            self.cache.move_sink(layer, turn)
+
+    def held(self, before: "Sight | None" = None) -> "Sight":
+        """The same, when the next chunk has begun; in the memory of `before`, a held one of as many frames."""
+        before = before or replace(self, table=RopeTable(*map(torch.empty_like, self.table)),
+                                   slots=torch.empty_like(self.slots))  # fmt: skip
+        _refill(before.table, self.table)
+        before.slots.copy_(self.slots)
+        return replace(self, table=before.table, slots=before.slots)
+
+
 class KVCache:
     """Keys and values of a stream, for inference: static buffers in ring order, positions as Python ints.
 
@@ -98,25 +178,33 @@ class KVCache:
         self._moves_sink = settings.relative and self.ring.sink > 0
         self._tables: dict[int, RopeTable] = {}
         self._slots: dict[int, Tensor] = {}
+        self._sink_table = self._empty_table(self.ring.sink)
 
-        def buffers(frames: int) -> list[Tensor]:
+        def buffers(frames: int, dtype: torch.dtype) -> list[Tensor]:
             shape_BLND = (batch, frames * self._tokens, size.heads, size.head_dim)
             # An inference tensor could not be written to by a stream that runs under no_grad.
             with torch.inference_mode(False):
                 return [torch.zeros(shape_BLND, device=device, dtype=dtype) for _ in range(size.layers)]
 
-        self._k, self._v = buffers(self.ring.capacity), buffers(self.ring.capacity)
-        self._sink_k = buffers(self.ring.sink) if self._moves_sink else []
+        self._k, self._v = buffers(self.ring.capacity, dtype), buffers(self.ring.capacity, dtype)
+        # Keys that are turned anew with every chunk must not be rounded to 8 bits before.
+        unturned = torch.bfloat16 if dtype.itemsize == 1 else dtype
+        self._sink_k = buffers(self.ring.sink, unturned) if self._moves_sink else []
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the buffers stay where they are."""
         self.frames_seen = 0
-        self._running = 0
+        self.sight: Sight | None = None
 
-    def begin(self, frames: int) -> "KVCache":
+    @property
+    def _running(self) -> int:
+        return self.sight.frames if self.sight else 0
+
+    def begin(self, frames: int, *, move_sink: bool = True) -> "KVCache":
         """Open the next chunk of `frames` frames; a second call for the running chunk does nothing.
 
+        Without `move_sink` every layer's is the caller's, before it reads the layer (see `Sight.move_sink`).
         Raises RuntimeError when another length is asked of a running chunk, or a cache without a window is full;
         ValueError when the chunk cannot fit the window.
         """
@@ -128,38 +216,56 @@ class KVCache:
             return self
         start, end = self.frames_seen, self.frames_seen + frames
         self.ring.check(start, end)
-        self._in_sight = min(end, self.ring.capacity) * self._tokens
-        self._new_sink = max(min(end, self.ring.sink) - start, 0) if self._moves_sink else 0
-        if self._moves_sink and end > self.ring.capacity:
-            self._move_sink(end - self.ring.capacity)
-        self._place(range(start, end))
-        self._running = frames
+        self.sight = Sight(
+            self,
+            start,
+            frames,
+            tokens=min(end, self.ring.capacity) * self._tokens,
+            new_sink=max(min(end, self.ring.sink) - start, 0) if self._moves_sink else 0,
+            leaves_sink=self._moves_sink and end > self.ring.capacity,
+            **self._placed(range(start, end)),
+        )
+        if self.sight.leaves_sink:
+            distance = end - self.ring.capacity
+            _refill(self._sink_table, self._turns(range(distance, distance + self.ring.sink)))
+            for layer in range(len(self._k) if move_sink else 0):
+                self.sight.move_sink(layer)
         return self
 
     def _turns(self, positions: range) -> RopeTable:
         return fresh_rope_table(positions, self._grid_hw, self._head_dim, self.device)
 
-    def _place(self, chunk: range) -> None:
+    def _empty_table(self, frames: int) -> RopeTable:
+        with torch.inference_mode(False):
+            return RopeTable(*torch.empty(2, frames * self._tokens, self._head_dim // 2, device=self.device))
+
+    def _placed(self, chunk: range) -> dict:
         """Put the chunk's angles and slots where they always are: a captured CUDA graph reads the same addresses, and
         once the window is full the same graph serves every chunk."""
         if len(chunk) not in self._tables:
-            tokens = len(chunk) * self._tokens
+            self._tables[len(chunk)] = self._empty_table(len(chunk))
             with torch.inference_mode(False):
-                angles = torch.empty(2, tokens, self._head_dim // 2, device=self.device)
-                self._tables[len(chunk)] = RopeTable(*angles)
-                self._slots[len(chunk)] = torch.empty(tokens, dtype=torch.long, device=self.device)
-        self.table, self.slots = self._tables[len(chunk)], self._slots[len(chunk)]
-        for place, part in zip(self.table, self._turns(chunk), strict=True):
-            place.copy_(part)
+                slots = torch.empty(len(chunk) * self._tokens, dtype=torch.long, device=self.device)
+            self._slots[len(chunk)] = slots
+        table, slots = self._tables[len(chunk)], self._slots[len(chunk)]
+        _refill(table, self._turns(chunk))
         for slot, at, count in _runs([self.ring.slot(frame) for frame in chunk]):
             first, last = slot * self._tokens, (slot + count) * self._tokens
-            self.slots[at * self._tokens : (at + count) * self._tokens] = torch.arange(first, last, device=self.device)
+            slots[at * self._tokens : (at + count) * self._tokens] = torch.arange(first, last, device=self.device)
+        return dict(table=table, slots=slots)
 
-    def _move_sink(self, distance: int) -> None:
-        table = self._turns(range(distance, distance + self.ring.sink))
-        tokens = self.ring.sink * self._tokens
-        for k, sink_k in zip(self._k, self._sink_k, strict=True):
-            k[:, :tokens] = apply_rope(sink_k, table)
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of all frames that fit [B, tokens, N, D], in slot order."""
+        return self._k[layer], self._v[layer]
+
+    def keep_sink(self, layer: int, start: int, unturned_k: Tensor) -> None:
+        """Keep unturned keys [B, L, N, D] of the sink's frames from frame `start` on."""
+        to = start * self._tokens
+        self._sink_k[layer][:, to : to + unturned_k.shape[1]] = unturned_k
+
+    def move_sink(self, layer: int, turn: Callable[[Tensor, RopeTable], Tensor]) -> None:
+        """Stand a layer's sink keys right before the running chunk's window."""
+        self._k[layer][:, : self.ring.sink * self._tokens] = turn(self._sink_k[layer], self._sink_table)
 
     @torch.compiler.disable
     def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,25 +280,18 @@ class KVCache:
             raise RuntimeError("no chunk is running: call begin(frames) before update")
         if k.shape[0] != self.batch:
             raise ValueError(f"batch {k.shape[0]} does not match the cache's {self.batch}: build the cache with batch=")
-        keys, values = self.write(layer, apply_rope(k, self.table), v, k)
-        return apply_rope(q, self.table), keys, values
-
-    def write(self, layer: int, turned_k: Tensor, v: Tensor, unturned_k: Tensor) -> tuple[Tensor, Tensor]:
-        """`update` for callers that turn keys by `table` themselves; `unturned_k` is read only while the sink fills."""
-        keys, values = self._k[layer], self._v[layer]
-        keys.index_copy_(1, self.slots, turned_k.to(keys.dtype))
-        values.index_copy_(1, self.slots, v.to(values.dtype))
-        if self._new_sink:
-            to, count = self.frames_seen * self._tokens, self._new_sink * self._tokens
-            self._sink_k[layer][:, to : to + count] = unturned_k[:, :count]
-        return keys[:, : self._in_sight], values[:, : self._in_sight]
+        sight = self.sight
+        put(sight.place(layer), apply_rope(k, sight.table), v)
+        if sight.fills_sink:
+            sight.keep_sink(layer, k)
+        return apply_rope(q, sight.table), *sight.keys_values(layer)
 
     def commit(self) -> None:
         """Close the running chunk: what its last pass wrote is now the past. Call it after the clean pass."""
         if not self._running:
             raise RuntimeError("no chunk is running: nothing to commit")
         self.frames_seen += self._running
-        self._running = 0
+        self.sight = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """All buffers and the number of committed frames, as copies on the CPU; RuntimeError while a chunk runs."""
@@ -214,7 +313,7 @@ class KVCache:
                 )
         for name, buffer in buffers.items():
             buffer.copy_(state[name])
-        self.frames_seen, self._running = int(state["frames_seen"]), 0
+        self.frames_seen, self.sight = int(state["frames_seen"]), None
 
     def _named_buffers(self) -> dict[str, Tensor]:
         groups = {"k": self._k, "v": self._v, "sink_k": self._sink_k}
@@ -258,11 +357,18 @@ class _Pass:
 
     def __init__(self, past: _Past):
         self._past = past
+        self._latest = True
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def close(self) -> None:
+        """Nobody will commit this pass: its graph may live on, but not the keys and values beside it."""
+        self._latest = False
+        self.written.clear()
 
     @torch.compiler.disable
     def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.written[layer] = (k.detach(), v.detach())
+        if self._latest:
+            self.written[layer] = (k.detach(), v.detach())
         q, turned = apply_rope(q, self._past.current), apply_rope(k, self._past.current)
         if not self._past.kv:
             return q, turned, v
@@ -320,6 +426,8 @@ class GradCache:
             self._evict(self.ring.visible(self.frames_seen + frames))
             self._past = self._open(frames)
             self._running = frames
+        if self._pass is not None:
+            self._pass.close()
         self._pass = _Pass(self._past)
         return self._pass
 
@@ -333,7 +441,7 @@ class GradCache:
 
     def _open(self, frames: int) -> _Past:
         past, new = len(self._frames), range(self.frames_seen, self.frames_seen + frames)
-        places = list(range(past + frames)) if self._relative else [*self._frames, *new]
+        places = range(past + frames) if self._relative else [*self._frames, *new]
         device = self._kv[0][0].device if self._kv else self.device
         turn = [
             fresh_rope_table(part, self._grid_hw, self._head_dim, device) if part else None

@@ -1,0 +1,338 @@
+"""Loss families from one start, for the same seconds: which one earns its place on the tiny world.
+
+    python -m lingbot_nb.report.bench_families --data clips --start weights/causal.safetensors --seconds 120
+
+Every family begins with the same weights, sees the same clips and gets the same time on the clock, its discriminator's
+and critic's updates included; then its average makes held-out walks in 4, 2 and 1 steps. `start` is the row to beat:
+the weights that all began with. A short run ranks what learns fastest, not what ends best; print the conditions.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lingbot_nb import presets
+from lingbot_nb.distill import dmd, f_distill, flow, gan, scm, sid, train
+from lingbot_nb.distill.forcing import Info, Velocity
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.kv_cache import GradCache
+from lingbot_nb.model.text import TinyText
+from lingbot_nb.model.vae import TinyVAE
+from lingbot_nb.parts import PROMPT, SHIPPED_CLIPS
+from lingbot_nb.presets import Preset
+from lingbot_nb.report import evaluation
+from lingbot_nb.report.architecture import markdown_table
+from lingbot_nb.runs import PROJECT
+from lingbot_nb.world.clips import ClipStore
+from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+
+GAN_WEIGHT = 0.03
+"""Weight of the adversarial term beside a score's."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a family is built from. `start` are the student's first weights, which are also the causal teacher's;
+    `teacher` is bidirectional; learning rates are one family's as much as another's."""
+
+    preset: Preset
+    start: DiT
+    teacher: DiT
+    clips: LatentClips
+    batch: int = 8
+    frames: int | None = None
+    lr: float = 3e-5
+    critic_lr: float = 1e-4
+    seed: int = 0
+    precision: train.Precision = train.fp32
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.patch_embedding.weight.device
+
+    @property
+    def shift(self) -> float:
+        return self.preset.flow.shift
+
+    def copy(self, dit: DiT) -> DiT:
+        twin = DiT(self.preset.model, device=self.device)
+        twin.load_state_dict(dit.state_dict())
+        return twin
+
+    def state(self, **models: nn.Module) -> train.TrainState:
+        rates = {role: self.lr if role == "student" else self.critic_lr for role in models}
+        return train.TrainState.of(models, rates, seed=self.seed, betas=(0.0, 0.999), average={"student": 0.99})
+
+    def batches(self, state: train.TrainState) -> Iterator[Batch]:
+        return self.clips.batches(self.batch, state.generator, self.frames)
+
+
+Built = tuple[train.Step, train.TrainState]
+Family = Callable[[Place], Built]
+
+
+# ---- matching distributions on the student's own rollout ------------------------------------------------------------
+
+
+def _own_clips(place: Place, student: DiT) -> train.OwnRollout:
+    preset = place.preset
+
+    def make_cache(batch: Batch) -> GradCache:
+        return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=place.device)
+
+    return train.OwnRollout(student, preset.stream, flow.few_steps(preset.flow.student_labels, place.shift), make_cache)
+
+
+def _matching(place: Place, match: train.Match, heads: gan.Heads | None = None) -> Built:
+    """dmd_step with another loss for the student; with heads they learn first in every step."""
+    student, critic = place.copy(place.start), place.copy(place.teacher)
+    models = {"student": student, "critic": critic} | ({"heads": heads} if heads is not None else {})
+    state, clips = place.state(**models), _own_clips(place, student)
+    options = dict(shift=place.shift, ratio=5, reuse=True, precision=place.precision, match=match)
+    step = train.dmd_step(clips, critic, place.teacher, place.batches(state), place.preset.stream, **options)
+    if heads is None:
+        return step, state
+    return train.together(_heads_step(place, heads, clips, place.batches(state)), step), state
+
+
+def _heads_step(place: Place, heads: gan.Heads, clips: train.OwnRollout, batches: Iterator[Batch]) -> train.Step:
+    def loss(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Info]:
+        with torch.no_grad():
+            x = clips(batch, generator)
+        judge = gan.on_features(heads, train.bind(place.teacher, batch), place.teacher.blocks)
+        return gan.discriminator_loss(judge, x, batch.latents, shift=place.shift, generator=generator, r1=0.1)
+
+    return train.loss_step("heads", batches, loss, precision=place.precision)
+
+
+def _heads(place: Place) -> gan.Heads:
+    return gan.Heads(place.preset.model.dim, place.preset.model.layers).to(place.device)
+
+
+def matching(place: Place) -> Built:
+    """DMD: the difference of two scores."""
+    return _matching(place, dmd.distribution_matching)
+
+
+def score_identity(place: Place) -> Built:
+    """SiD: the gradient goes through teacher and critic as well."""
+    return _matching(place, sid.score_identity)
+
+
+def divergence(place: Place) -> Built:
+    """f-distill: DMD's gradient weighted for the Jensen-Shannon divergence by a discriminator's density ratio."""
+    heads = _heads(place)
+
+    def match(x: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
+        ratio = gan.on_features(heads, real, place.teacher.blocks)
+        return f_distill.f_distribution_matching(x, real, fake, ratio, f_distill.jensen_shannon, **options)
+
+    return _matching(place, match, heads)
+
+
+def matching_adversarial(place: Place) -> Built:
+    """DMD with an adversarial term beside it (DMD2)."""
+    heads = _heads(place)
+
+    def match(x: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
+        loss, info = dmd.distribution_matching(x, real, fake, **options)
+        extra, seen = _fooling(place, heads, x, real, options["generator"])
+        return loss + GAN_WEIGHT * extra, info | {"logit": seen["fake_logit"]}
+
+    return _matching(place, match, heads)
+
+
+def adversarial(place: Place) -> Built:
+    """LADD: the discriminator alone, no scores. (The critic of the shared step learns beside it and is not asked.)"""
+    heads = _heads(place)
+
+    def match(x: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
+        return _fooling(place, heads, x, real, options["generator"])
+
+    return _matching(place, match, heads)
+
+
+def _fooling(place: Place, heads: gan.Heads, x: Tensor, real: Velocity, generator: torch.Generator):
+    judge = gan.on_features(heads, real, place.teacher.blocks)
+    return gan.adversarial(judge, x, shift=place.shift, generator=generator)
+
+
+# ---- consistency along the causal teacher's trajectories ------------------------------------------------------------
+
+
+def discrete_consistency(place: Place) -> Built:
+    """CM: neighbours of 48 levels must agree."""
+    student, teacher = place.copy(place.start), place.start
+    state = place.state(student=student)
+    options = dict(sigmas=flow.sigma_grid(48, place.shift), precision=place.precision)
+    return train.consistency_step(student, teacher, place.batches(state), place.preset.stream, **options), state
+
+
+def continuous_consistency(place: Place) -> Built:
+    """sCM: the limit of infinitely many levels, its derivative by central differences."""
+    student = place.copy(place.start)
+    state = place.state(student=student)
+    of_student, of_teacher = (train.whole_forced(dit, place.preset.stream) for dit in (student, place.start))
+
+    def loss(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Info]:
+        options = dict(shift=place.shift, generator=generator, known=train.known_frames(place.preset.stream))
+        return scm.continuous_consistency(of_student(batch), of_teacher(batch), batch.latents, **options)
+
+    return train.loss_step("student", place.batches(state), loss, precision=place.precision), state
+
+
+FAMILIES: tuple[Family, ...] = (
+    matching,
+    score_identity,
+    divergence,
+    matching_adversarial,
+    adversarial,
+    discrete_consistency,
+    continuous_consistency,
+)
+"""All but MeanFlow, whose student is told two times and needs a sampler of its own."""
+
+
+# ---- what came of it ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family after its time: `steps` of training, `seconds` they took, and by number of sampling steps the PSNR at
+    one second (dB) and the sharpness (1 is the simulator's) of held-out walks; `ended` says why it stopped early."""
+
+    family: str
+    steps: int
+    seconds: float
+    psnr: dict[int, float]
+    sharpness: dict[int, float]
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out clips: `batch` as latents, `frames` u8 [B, N, H, W, 3] as the simulator drew them."""
+
+    batch: Batch
+    frames: np.ndarray
+    vae: TinyVAE
+    counts: tuple[int, ...] = (4, 2, 1)
+
+    def row(self, place: Place, dit: nn.Module, name: str, steps: int, seconds: float, ended: str = "") -> Row:
+        rows = {count: self._summary(place, dit, count) for count in self.counts}
+        horizon = {count: row["psnr"] for count, row in rows.items()}
+        psnr = {count: values.get("1", list(values.values())[-1])[0] for count, values in horizon.items()}
+        return Row(name, steps, seconds, psnr, {count: row["sharpness"] for count, row in rows.items()}, ended)
+
+    def _summary(self, place: Place, dit: nn.Module, count: int) -> dict:
+        steps = flow.few_steps(place.preset.flow.labels(count), place.shift)
+        generator = torch.Generator(place.device).manual_seed(place.seed)
+        with place.precision():
+            made = evaluation.student_clips(dit, self.batch, place.preset, steps=steps, generator=generator)
+        return evaluation.summary(self.frames, evaluation.decode_clips(self.vae, made.float()))
+
+
+def families(place: Place, exam: Exam, seconds: float, which: Sequence[Family] = FAMILIES) -> Iterator[Row]:
+    """The start's row, then each family's after `seconds` of training; one that diverges is reported, not raised."""
+    yield exam.row(place, place.start, "start", 0, 0.0)
+    for family in which:
+        yield _trained(place, exam, seconds, family)
+
+
+def _trained(place: Place, exam: Exam, seconds: float, family: Family) -> Row:
+    torch.manual_seed(place.seed)
+    step, state = family(place)
+    began, ended = time.perf_counter(), ""
+    try:
+        for _ in train.fit(step, state, seconds=seconds):
+            pass
+    except train.Diverged as error:
+        ended = str(error)
+    student = state.averages["student"].module
+    return exam.row(place, student, family.__name__, state.step, time.perf_counter() - began, ended)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    counts = list(rows[0].psnr)
+    names = ("family", "steps", "s", *(f"dB, {n} steps" for n in counts), *(f"sharpness, {n}" for n in counts))
+    lines = [
+        (
+            row.family + (" (diverged)" if row.ended else ""),
+            row.steps,
+            f"{row.seconds:.0f}",
+            *(f"{row.psnr[n]:.2f}" for n in counts),
+            *(f"{row.sharpness[n]:.2f}" for n in counts),
+        )
+        for row in rows
+    ]
+    return markdown_table(names, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lingbot_nb.report.bench_families", description=__doc__.splitlines()[0])
+    weights = PROJECT / "data" / "weights"
+    parser.add_argument("--data", type=Path, default=SHIPPED_CLIPS, help="clips, both splits or the shipped ones")
+    parser.add_argument("--weights", type=Path, default=weights, help="folder of vae and teacher")
+    parser.add_argument(
+        "--start", type=Path, default=weights / "student.safetensors", help="the student's first weights"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training, a family")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=None, help="latent frames of a training clip; default: all")
+    parser.add_argument("--held-out", type=int, default=4, help="clips to be judged by")
+    parser.add_argument("--train", type=int, default=256, help="clips to learn from")
+    parser.add_argument("--only", nargs="*", default=[family.__name__ for family in FAMILIES])
+    args = parser.parse_args()
+    place, exam = prepared(args)
+    rows = []
+    for row in families(place, exam, args.seconds, [f for f in FAMILIES if f.__name__ in args.only]):
+        rows.append(row)
+        print(row, flush=True)
+    name = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
+    print(table(rows))
+    print(
+        f"{name} · torch {torch.__version__} · batch {args.batch} · {args.seconds:.0f} s a family · from {args.start}"
+    )
+
+
+def prepared(args: argparse.Namespace) -> tuple[Place, Exam]:
+    """Weights and clips of the command line on the GPU if there is one. ValueError where no clips are left to learn
+    from; clips that judge are never learnt from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = presets.TINY
+    known, others = (list(ClipStore(args.data, split=split)) for split in ("held-out", "train"))
+    held_out, learnt = known[: args.held_out], (others or known[args.held_out :])[: args.train]
+    if not held_out or not learnt:
+        raise ValueError(f"{args.data} has no clips left to learn from beside {len(held_out)} held out: collect more")
+    vae = TinyVAE()
+    checkpoint.load_into(args.weights / "vae.safetensors", vae)
+    vae = vae.to(device).eval()
+    start, teacher = (DiT(preset.model, device=device).requires_grad_(False) for _ in range(2))
+    checkpoint.load_into(args.start, start)
+    checkpoint.load_into(args.weights / "teacher.safetensors", teacher)
+    precision = train.autocast(device) if device.type == "cuda" else train.fp32
+    encode = partial(_encoded, vae=vae, preset=preset, device=device)
+    place = Place(preset, start, teacher, encode(learnt), args.batch, args.frames, precision=precision)
+    clips = encode(held_out)
+    rows = torch.arange(len(clips), device=device)
+    batch = clips.batch(rows, torch.zeros_like(rows), preset.shape.frames, torch.ones_like(rows).bool())
+    return place, Exam(batch, np.stack([clip.frames for clip in held_out]), vae)
+
+
+def _encoded(clips: Sequence, vae: TinyVAE, preset: Preset, device: torch.device) -> LatentClips:
+    context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT)
+    parts = ([clip.frames for clip in clips], [clip.poses for clip in clips], [clip.keys for clip in clips])
+    return encode_clips(vae, *parts, clips[0].intrinsics, context, preset, device=device)
+
+
+if __name__ == "__main__":
+    main()

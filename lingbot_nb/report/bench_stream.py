@@ -1,0 +1,719 @@
+"""Live streaming, timed end to end: keys in, uint8 pixel frames on the host out, decoder included.
+
+    python -m lingbot_nb bench stream --preset lingbot --steps 4,2
+    torchrun --nproc-per-node 2 -m lingbot_nb bench stream --preset lingbot --steps 4,2      (one stream on two GPUs)
+
+Weights are random: time depends on shapes alone. Every row is printed when it is known. The floor is what the matrix
+products and attentions of a chunk take on this machine when each runs alone, measured in the same run.
+"""
+
+import argparse
+import copy
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lingbot_nb import presets, runs
+from lingbot_nb.control.keys import KEYS
+from lingbot_nb.distill import parallel
+from lingbot_nb.distill.flow import few_steps
+from lingbot_nb.model.attention import backend
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.fp8 import E4M3, product_for, scaled_product
+from lingbot_nb.model.fused import USUAL, Format, FusedDiT, as_it_is
+from lingbot_nb.model.rope import rope_table
+from lingbot_nb.model.taehv import TAEHV
+from lingbot_nb.model.vae import TinyVAE, to_uint8
+from lingbot_nb.presets import (
+    FPS,
+    LATENT_CHANNELS,
+    MASK_CHANNELS,
+    PATCH,
+    SPACE_STRIDE,
+    TIME_STRIDE,
+    ModelSize,
+    Preset,
+    VideoShape,
+)
+from lingbot_nb.report.bench import synchroniser
+from lingbot_nb.stream.engine import Engine, Plain, Speed, fast
+from lingbot_nb.stream.engine_memory import check_memory
+from lingbot_nb.stream.engine_parallel import HeadShare
+from lingbot_nb.stream.session import TINY, live_path
+
+Say = Callable[[str], None]
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stream: `latency` and `p99` from keys to frames on the host, `period` from chunk to chunk, all in ms; `first`
+    is a fresh stream's first chunk; `cold` seconds of a first stream that compiles everything, `recorded` of a second
+    one that records it; `stages` the median ms of each stage; `peak_gib` of device memory."""
+
+    name: str
+    steps: int
+    chunk: int
+    fps: float
+    period: float
+    latency: float
+    p99: float
+    peak_gib: float
+    chunks: int
+    stages: dict[str, float]
+    floor: float = 0.0
+    first: float = 0.0
+    cold: float = 0.0
+    recorded: float = 0.0
+    clean_pass: bool = True
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {ms:.1f}" for name, ms in self.stages.items())
+        parts = [
+            f"{self.name}, {self.steps}+{int(self.clean_pass)} forwards: {self.fps:.2f} FPS, "
+            f"{self.period:.1f} ms a chunk of "
+            f"{TIME_STRIDE * self.chunk} pixel frames",
+            f"floor {self.floor:.1f} ms: {self.floor / self.period:.0%}" if self.floor else "",
+            f"keys to host {self.latency:.1f} ms, p99 {self.p99:.1f}",
+            f"first chunk {self.first:.0f} ms, cold {self.cold:.1f} s, recording {self.recorded:.1f} s"
+            if self.cold
+            else "",
+            f"{self.peak_gib:.1f} GiB",
+            f"n={self.chunks}",
+            stages,
+        ]
+        return " | ".join(part for part in parts if part)
+
+
+class Clock:
+    """Times of named points on a device, read only when asked for: events on a GPU, the clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._gpu = device.type == "cuda"
+        self.clear()
+
+    def clear(self) -> None:
+        self._points: list[tuple[str, object]] = []
+
+    def __call__(self, name: str) -> None:
+        if not self._gpu:
+            self._points.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._points.append((name, event))
+
+    def stages(self, start: str) -> dict[str, list[float]]:
+        """Milliseconds from each point to the one before it, by name; `start` is no stage, but begins a round."""
+        if self._gpu:
+            torch.cuda.synchronize()
+        spans: dict[str, list[float]] = {}
+        for (_, before), (name, after) in zip(self._points, self._points[1:], strict=False):
+            if name != start:
+                ms = before.elapsed_time(after) if self._gpu else 1000 * (after - before)
+                spans.setdefault(name, []).append(ms)
+        return spans
+
+
+class Screen:
+    """Latents to uint8 pixel frames on the host; on a GPU beside the main stream, so that it overlaps what follows."""
+
+    def __init__(self, decoder: nn.Module, device: torch.device):
+        self._shown = parallel.place()[0] == 0
+        self._stream = decoder.decoder_stream()
+        self._gpu = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self._gpu else None
+        self.clock = Clock(device)
+
+    def reset(self) -> None:
+        self._stream.reset()
+        self.clock.clear()
+
+    def show(self, x0: Tensor) -> Callable[[], np.ndarray]:
+        """Begin to decode x0 [1, 16, f, h, w]; what is returned waits for the pixel frames u8 [n, H, W, 3]. Of several
+        processes only the first one decodes."""
+        if not self._shown:
+            return lambda: None
+        if not self._gpu:
+            frames = self._decoded(x0).numpy()
+            return lambda: frames
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            frames = self._decoded(x0)
+            x0.record_stream(self._side)
+            host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
+            host.copy_(frames, non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+
+        def wait() -> np.ndarray:
+            there.synchronize()
+            return host.numpy()
+
+        return wait
+
+    @torch.no_grad()
+    def _decoded(self, x0: Tensor) -> Tensor:
+        self.clock("begin")
+        frames = to_uint8(self._stream.decode(x0))[0]
+        self.clock("decode")
+        return frames
+
+
+class Loop:
+    """Plays with made-up keys: each step is a chunk's way from keys to frames on the host, and then its clean pass.
+
+    While a clean pass runs, the host has time to take the frames and begin the next chunk. Where none follows the last
+    step, the device would stand still meanwhile: with `ahead`, a chunk is begun before the one before it is taken.
+    """
+
+    def __init__(self, engine: Engine | Plain, screen: Screen, preset: Preset, steps: int, *, ahead: bool = False):
+        self._ahead = int(ahead)
+        self._due: deque[tuple[float, Callable[[], np.ndarray]]] = deque()
+        self.engine, self.screen, self.steps, self.frames = engine, screen, steps, preset.stream.chunk
+        self._preset = preset
+        self._path = live_path(preset, engine.device)
+        self._aside = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        self._noise = torch.Generator(device=engine.device)
+        self.clock = engine.mark = Clock(engine.device)
+        size = preset.model
+        self._condition = self._draw(MASK_CHANNELS + LATENT_CHANNELS)
+        engine.prompt(torch.randn(1, size.text_len, size.text_dim, generator=self._noise, device=engine.device))
+        self.reset()
+
+    def reset(self) -> None:
+        self._due.clear()
+        self._noise.manual_seed(0)
+        self._keys = np.random.default_rng(0)
+        self.engine.reset()
+        self.screen.reset()
+        self.clock.clear()
+        self._path.reset()
+
+    def _draw(self, *sizes: int) -> Tensor:
+        preset = self._preset
+        cells = (self.frames, preset.shape.latent_height, preset.shape.latent_width)
+        return torch.randn(1, *sizes, *cells, generator=self._noise, device=self.engine.device)
+
+    def _rows(self) -> np.ndarray:
+        count = TIME_STRIDE * self.frames - (0 if self._path.frames else TIME_STRIDE - 1)
+        return np.repeat(self._keys.random((1, len(KEYS))) < 0.3, count, axis=0)
+
+    def _control(self, rows: np.ndarray) -> Tensor | None:
+        if not self._preset.model.control_channels:
+            return None
+        if not self._aside:
+            return self._path.push(rows)[None]
+        # Poses come from the host, and copying them waits for the stream they are copied on: not for the last pass.
+        with torch.cuda.stream(self._aside):
+            control = self._path.push(rows)[None]
+        torch.cuda.current_stream().wait_stream(self._aside)
+        control.record_stream(torch.cuda.current_stream())
+        return control
+
+    def step(self) -> tuple[float, np.ndarray] | None:
+        """One chunk: seconds from keys to frames, and the frames. Its clean pass may still be running then. With
+        `ahead` it is the chunk before this one, and at first nothing."""
+        rows = self._rows()
+        began = time.perf_counter()
+        self.clock("begin")
+        control = self._control(rows)
+        noise, fresh = self._draw(LATENT_CHANNELS), self._draw(self.steps - 1, LATENT_CHANNELS)
+        self.clock("keys")
+        x0 = self.engine.denoise(noise, fresh.transpose(0, 1), control, self._condition)
+        self._due.append((began, self.screen.show(x0)))
+        self.clock("hand over")
+        self.engine.finish()
+        return self.take() if len(self._due) > self._ahead else None
+
+    def take(self) -> tuple[float, np.ndarray]:
+        """What `step` returns, for the oldest chunk that has not been taken."""
+        began, wait = self._due.popleft()
+        frames = wait()
+        return time.perf_counter() - began, frames
+
+    def fills(self) -> int:
+        """Chunks until the window is full and the sink left behind: from then on all are alike."""
+        return -(-self._preset.stream.window // self.frames) + 1
+
+    def skip_past(self) -> None:
+        """Pretend that the window is full: what is cached does not matter to the clock."""
+        self.engine.cache.frames_seen = self.fills() * self.frames
+
+
+def time_stream(loop: Loop, name: str, chunks: int, floor: float = 0.0) -> Row:
+    """A stream from its first chunk on: once to compile everything, once to record it, then `chunks` chunks of the
+    steady state after those that fill the window."""
+    sync = synchroniser(loop.engine.device)
+    cold, recorded = (_seconds(lambda: _play_start(loop), sync) for _ in range(2))
+    loop.reset()
+    sync()
+    first = (loop.step() or loop.take())[0]
+    for _ in range(loop.fills()):
+        loop.step()
+    return replace(time_steady(loop, name, chunks, floor), first=1000 * first, cold=cold, recorded=recorded)
+
+
+def time_steady(loop: Loop, name: str, chunks: int, floor: float = 0.0) -> Row:
+    """`chunks` chunks of a stream as it stands."""
+    device, sync = loop.engine.device, synchroniser(loop.engine.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    loop.step()
+    sync()
+    loop.clock.clear()
+    loop.screen.clock.clear()
+    began, latencies, ends = time.perf_counter(), [], []
+    for _ in range(chunks):
+        latencies.append(1000 * loop.step()[0])
+        ends.append(1000 * (time.perf_counter() - began))
+    sync()
+    ends[-1] = 1000 * (time.perf_counter() - began)
+    stages = {**loop.clock.stages("begin"), **loop.screen.clock.stages("begin")}
+    return Row(
+        name=name,
+        steps=loop.steps,
+        chunk=loop.frames,
+        fps=1000 * TIME_STRIDE * loop.frames * chunks / ends[-1],
+        period=float(np.median(np.diff(ends, prepend=0.0))),
+        latency=float(np.median(latencies)),
+        p99=float(np.percentile(latencies, 99)),
+        peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+        chunks=chunks,
+        stages={stage: float(np.median(times)) for stage, times in stages.items()},
+        floor=floor,
+    )
+
+
+def _play_start(loop: Loop) -> None:
+    loop.reset()
+    for _ in range(loop.fills() + 1):
+        loop.step()
+
+
+def _seconds(run: Callable[[], object], sync: Callable[[], None]) -> float:
+    sync()
+    began = time.perf_counter()
+    run()
+    sync()
+    return time.perf_counter() - began
+
+
+# -- the floor --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One kind of work alone on this machine: `calls` a layer and forward (`once`: a chunk), ms of one, TFLOP/s."""
+
+    name: str
+    calls: int
+    ms: float
+    tflops: float
+    once: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ms:.3f} ms, {self.tflops:.1f} TFLOP/s"
+
+
+def _product(rows: int, inside: int, columns: int, device, dtype) -> Callable[[], Tensor]:
+    x = torch.randn(rows, inside, device=device).to(dtype)
+    weight, bias = torch.randn(columns, inside, device=device).to(dtype), torch.randn(columns, device=device).to(dtype)
+    return lambda: F.linear(x, weight, bias)
+
+
+def _product_fp8(rows: int, inside: int, columns: int, device, dtype) -> Callable[[], Tensor]:
+    x, weight = (torch.randn(n, inside, device=device).to(E4M3) for n in (rows, columns))
+    scales, weight_scales = torch.ones(rows, 1, device=device), torch.ones(1, columns, device=device)
+    bias = torch.zeros(columns, device=device, dtype=dtype)
+    return lambda: scaled_product(x, scales, weight, weight_scales, bias)
+
+
+def _attention(queries: int, keys: int, size: ModelSize, device, dtype, format: Format) -> Callable[[], Tensor]:
+    q, k, v = (torch.randn(1, n, size.heads, size.head_dim, device=device).to(dtype) for n in (queries, keys, keys))
+    q, k, v = format.lower_qk(q), format.lower_qk(k), format.lower_v(v)
+    return lambda: format.attend(q, k, v)
+
+
+def linear_rates(preset: Preset, device, dtype, product=_product, label: str = "") -> Iterator[Rate]:
+    """The matrix products of a layer at the preset's shapes."""
+    d, ffn = preset.model.dim, preset.model.ffn_dim
+    rows = preset.stream.chunk * preset.shape.tokens_per_frame
+    shapes = {"q k v": (1, d, 3 * d), "d x d": (3, d, d), "ffn up": (1, d, ffn), "ffn down": (1, ffn, d)}
+    for name, (calls, inside, columns) in shapes.items():
+        ms = _alone(product(rows, inside, columns, device, dtype), device)
+        yield Rate(f"{label}{name} {rows}x{inside}x{columns}", calls, ms, 2e-9 * rows * inside * columns / ms)
+        if name == "d x d" and preset.model.control_channels:
+            yield Rate(f"{label}camera", 4, ms, 2e-9 * rows * inside * columns / ms, once=True)
+
+
+def attention_rates(preset: Preset, device, dtype, format: Format = USUAL) -> Iterator[Rate]:
+    """Self-attention over a full window and cross-attention over the text, at the preset's shapes. In 8 bits the
+    second is of no use but to compare."""
+    size, tokens = preset.model, preset.shape.tokens_per_frame
+    queries = preset.stream.chunk * tokens
+    for name, keys in (("self-attention", preset.stream.window * tokens), ("text attention", size.text_len)):
+        ms = _alone(_attention(queries, keys, size, device, dtype, format), device)
+        kernel = "fp8" if format.dtype else backend(device, dtype, size.head_dim)
+        yield Rate(f"{name} {queries} over {keys} ({kernel})", 1, ms, 4e-9 * queries * keys * size.dim / ms)
+
+
+@torch.no_grad()
+def _alone(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    for _ in range(3):
+        run()
+    clock = Clock(device)
+    for _ in range(repeats):
+        clock("begin")
+        run()
+        clock("run")
+    return float(np.median(clock.stages("begin")["run"]))
+
+
+def floor_ms(rates: Sequence[Rate], layers: int, forwards: int) -> float:
+    """Milliseconds of a chunk's matrix products and attentions on one device, each at its own best rate."""
+    return layers * sum(rate.calls * rate.ms * (1 if rate.once else forwards) for rate in rates)
+
+
+# -- the whole bench --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to measure: see the command's help."""
+
+    preset: Preset
+    steps: tuple[int, ...] = (4,)
+    speed: Speed = Speed()
+    chunks: int = 20
+    plain_chunks: int = 2
+    check: int = 0
+    profile: bool = False
+    clean_pass: bool = True
+
+
+def random_dit(size: ModelSize, device: torch.device, dtype: torch.dtype) -> DiT:
+    """A network of fresh weights made where it is used; its head is not zero, so that every layer counts."""
+    torch.manual_seed(0)
+    dit = DiT(size, device=device, dtype=dtype).eval().requires_grad_(False)
+    nn.init.normal_(dit.head.head.weight, std=size.dim**-0.5)
+    return dit
+
+
+def made_up(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Fills a network of the meta device layer by layer (see `FusedDiT`): seeded noise of a fresh network's size."""
+    make = torch.Generator(device=device).manual_seed(0)
+
+    def to(tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=make, device=device, dtype=dtype)
+        return drawn * max(tensor.shape[-1], 1) ** -0.5
+
+    return to
+
+
+def random_decoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The tiny world's own decoder, or for all others a TAEHV."""
+    torch.manual_seed(0)
+    tiny = preset.model.control_channels == TINY
+    decoder = (TinyVAE() if tiny else TAEHV()).eval().requires_grad_(False).to(device, dtype)
+    return decoder.to(memory_format=torch.channels_last)
+
+
+def run(
+    order: Order,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Say = print,
+    save: Callable[[dict], object] = lambda found: None,
+) -> dict:
+    """Measures everything that `order` asks for; `save` is given all that is known, again with every row."""
+    preset = order.preset
+    began = time.perf_counter()
+    if device.type == "cuda":
+        check_memory(preset, torch.cuda.mem_get_info(device)[0], fp8=order.speed.fp8, ranks=parallel.place()[1])
+    # The plain path needs the network as it is. Without it no more is ever held than what the engine runs on.
+    whole = bool(order.plain_chunks or order.check or device.type == "cpu")
+    dit = random_dit(preset.model, device, dtype) if whole else DiT(preset.model, device="meta")
+    screen = Screen(random_decoder(preset, device, dtype), device)
+    weights = sum(p.numel() for p in dit.parameters())
+    said = _conditions(preset, device, dtype)
+    say(f"{said}\n{weights / 1e9:.2f} B parameters after {time.perf_counter() - began:.1f} s")
+    found = {"conditions": said, "rates": [], "rows": []}
+
+    def measured(rates: Iterator[Rate]) -> list[Rate]:
+        known = []
+        for rate in rates:
+            say(str(rate))
+            found["rates"].append(asdict(rate))
+            known.append(rate)
+        return known
+
+    plain = measured(linear_rates(preset, device, dtype))
+    has_fp8 = product_for(device) is scaled_product
+    fp8 = measured(linear_rates(preset, device, dtype, _product_fp8, "fp8 ")) if has_fp8 else plain
+    attentions = measured(attention_rates(preset, device, dtype))
+
+    def keep(row: Row) -> None:
+        row = replace(row, clean_pass=order.clean_pass or row.name == "plain")
+        say(str(row))
+        found["rows"].append(asdict(row))
+        save(found)
+
+    def floor(linears: list[Rate], steps: int) -> float:
+        return floor_ms([*linears, *attentions], preset.model.layers, steps + order.clean_pass) / parallel.place()[1]
+
+    if order.plain_chunks:
+        keep(_plain_row(dit, screen, order, order.steps[0], floor(plain, order.steps[0]) * parallel.place()[1]))
+        _release()
+    to = as_it_is if whole else made_up(device, dtype)
+    net = fast(dit, order.speed, share=HeadShare.here(), to=to)
+    if not order.check:
+        del dit
+        _release()
+    if net.share.format.dtype:
+        measured(attention_rates(preset, device, dtype, net.share.format))
+    linears, name = (fp8, "engine fp8") if order.speed.fp8 else (plain, "engine")
+    # Asked for is not always had: without a kernel for it, attention stays as it was.
+    name += " + fp8 attention" if net.share.format.dtype else ""
+    name += " merged" if order.speed.merge else ""
+    for count in order.steps:
+        ahead = order.speed.merge or not order.clean_pass
+        loop = Loop(_engine(net, order, count), screen, preset, count, ahead=ahead)
+        if count == order.steps[0]:
+            keep(time_stream(loop, name, order.chunks, floor(linears, count)))
+        else:
+            _warm(loop)
+            keep(time_steady(loop, name, order.chunks, floor(linears, count)))
+        if count == order.steps[0] and order.profile:
+            found["kernels"] = kernel_times(loop, say)
+        del loop
+        _release()
+    if order.check:
+        found["layers"] = layer_errors(dit, net, order, say)
+        found["check"] = compare(dit, net, order, say)
+        save(found)
+    return found
+
+
+def _release() -> None:
+    # An engine and its recordings hold each other; their memory is the next one's.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _engine(net, order: "Order", steps: int) -> Engine:
+    preset, speed = order.preset, order.speed
+    options = dict(graph=speed.graph, merge=speed.merge, clean_pass=order.clean_pass)
+    return Engine(net, preset.stream, preset.shape, _schedule(preset, steps), **options)
+
+
+def _schedule(preset: Preset, steps: int):
+    return few_steps(preset.flow.labels(steps), preset.flow.shift)
+
+
+def _plain_row(dit: DiT, screen: Screen, order: Order, steps: int, floor: float) -> Row:
+    preset = order.preset
+    loop = Loop(Plain(dit, preset.stream, preset.shape, _schedule(preset, steps)), screen, preset, steps)
+    _warm(loop, 1)
+    return time_steady(loop, "plain", order.plain_chunks, floor)
+
+
+def _warm(loop: Loop, chunks: int = 3) -> None:
+    """Only what the steady state needs: a first chunk, and then as if the window had filled."""
+    loop.step()
+    loop.skip_past()
+    for _ in range(chunks):
+        loop.step()
+
+
+# -- what eats the time, and whether it is right ----------------------------------------------------------------------
+
+
+def kernel_times(loop: Loop, say: Say, most: int = 25) -> list[tuple[str, int, float]]:
+    """Kernels of one steady chunk by the time they take: (name, calls, ms), the longest first; GPU only."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            loop.step()
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        say(f"no list of kernels: {error}")
+        return []
+    kernels = [(e.key, e.count, e.self_device_time_total / 1000) for e in seen.key_averages()]
+    kernels.sort(key=lambda kernel: -kernel[2])
+    for name, calls, ms in kernels[:most]:
+        say(f"{ms:9.2f} ms {calls:6d} x {name[:110]}")
+    return kernels
+
+
+@torch.no_grad()
+def layer_errors(dit: DiT, net: FusedDiT, order: Order, say: Say) -> list[float]:
+    """Relative error of what each layer of the engine's network adds to a random residual stream, without a past."""
+    preset, device = order.preset, net.device
+    make = torch.Generator(device=device).manual_seed(2)
+    words, (noise, _, control, _) = next(_inputs(preset, 1, 1, make))
+    frames, height, width = noise.shape[2:]
+    grid = frames, height // PATCH[1], width // PATCH[2]
+    x = torch.randn(1, grid[0] * grid[1] * grid[2], preset.model.dim, generator=make, device=device)
+    time, text = dit.time(torch.tensor(500.0, device=device)), dit.text(words)
+    rope = rope_table(range(frames), grid[1:], preset.model.head_dim, device)
+    camera = None if control is None else dit.camera_tokens(control)
+    errors = []
+    for index, layers in enumerate(zip(dit.blocks, net.layers, strict=True)):
+        given = (x, time.layers, rope, text.layers[index])
+        plain, other = (layer(*given, camera if camera is None else layer.film(camera), None) - x for layer in layers)
+        errors.append(((other - plain).norm() / plain.norm()).item())
+    say(f"what a layer adds differs by {np.median(errors):.2e} of its size, most {max(errors):.2e} "
+        f"in layer {int(np.argmax(errors))}")  # fmt: skip
+    return errors
+
+
+def compare(dit: DiT, net, order: Order, say: Say) -> dict[str, list[float]]:
+    """Relative error of the engine's x0 over `order.check` chunks, each path on its own past. On a GPU the yardstick is
+    the plain path in fp32, whose distance to plain bf16 is shown beside it, where memory allows."""
+    preset, count = order.preset, order.steps[0]
+    settings = preset.stream, preset.shape, _schedule(preset, count)
+    paths = {"plain": Plain(dit, *settings), "engine": _engine(net, order, count)}
+    if dit.patch_embedding.weight.dtype != torch.float32 and _fits_fp32(dit):
+        paths = {"plain fp32": Plain(copy.deepcopy(dit).float(), *settings), **paths}
+    errors: dict[str, list[float]] = {name: [] for name in list(paths)[1:]}
+    make = torch.Generator(device=net.device).manual_seed(1)
+    for inputs in _inputs(preset, count, order.check, make):
+        given, *others = (_one_chunk(path, *inputs) for path in paths.values())
+        for name, x0 in zip(errors, others, strict=True):
+            errors[name].append(((x0 - given).norm() / given.norm()).item())
+    for name, found in errors.items():
+        say(f"{name} against {next(iter(paths))}: x0 differs by {np.median(found):.2e}, most {max(found):.2e}, "
+            f"last {found[-1]:.2e} of its size over {order.check} chunks")  # fmt: skip
+    return errors
+
+
+def _fits_fp32(dit: DiT) -> bool:
+    weight = dit.patch_embedding.weight
+    free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2**34
+    return 4 * sum(p.numel() for p in dit.parameters()) < 0.7 * free
+
+
+def _inputs(preset: Preset, steps: int, chunks: int, make: torch.Generator) -> Iterator[tuple]:
+    size, frames = preset.model, preset.stream.chunk
+    cells = (frames, preset.shape.latent_height, preset.shape.latent_width)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=make, device=make.device)
+
+    words, condition = draw(1, size.text_len, size.text_dim), draw(1, MASK_CHANNELS + LATENT_CHANNELS, *cells)
+    for _ in range(chunks):
+        control = draw(1, size.control_channels * SPACE_STRIDE**2, *cells) if size.control_channels else None
+        noise, fresh = draw(1, LATENT_CHANNELS, *cells), draw(steps - 1, 1, LATENT_CHANNELS, *cells)
+        yield words, (noise, fresh, control, condition)
+
+
+def _one_chunk(path: Engine | Plain, words: Tensor, given: tuple) -> Tensor:
+    if not path.cache.frames_seen:
+        path.prompt(words)
+    x0 = path.denoise(*given)
+    path.finish()
+    return x0
+
+
+def _conditions(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
+    from lingbot_nb.report.figures import conditions
+
+    stream = preset.stream
+    return conditions(
+        preset,
+        device,
+        dtype,
+        chunk=stream.chunk,
+        window=stream.window,
+        sink=stream.sink,
+        layers=preset.model.layers,
+        attention=backend(device, dtype, preset.model.head_dim),
+        processes=parallel.place()[1],
+    )
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def order_of(options: argparse.Namespace) -> Order:
+    """What the flags ask for."""
+    return Order(
+        preset=_preset(options),
+        steps=options.steps,
+        speed=Speed(
+            compile=not options.no_compile,
+            graph=not options.no_graph,
+            join=not options.no_join,
+            fp8=options.fp8,
+            merge=options.merge,
+            fp8_attention=options.fp8_attention,
+        ),
+        chunks=options.chunks,
+        plain_chunks=options.plain_chunks,
+        check=options.check,
+        profile=options.profile,
+        clean_pass=not options.no_clean_pass,
+    )
+
+
+def _preset(options: argparse.Namespace) -> Preset:
+    preset = presets.by_name(options.preset)
+    height, width = options.height or preset.shape.height, options.width or preset.shape.width
+    given = {name: getattr(options, name) for name in ("chunk", "window", "sink")}
+    stream = {name: value for name, value in given.items() if value is not None}
+    return replace(
+        preset,
+        shape=VideoShape(height, width, preset.shape.pixel_frames),
+        model=replace(preset.model, layers=options.layers or preset.model.layers),
+        # A first chunk of another length would be one more shape to compile, and no more to learn.
+        stream=replace(preset.stream, image_first=False, **stream),
+    )
+
+
+def command(options: argparse.Namespace) -> int:
+    """`python -m lingbot_nb bench stream`."""
+    rank, _, device = parallel.start()
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = kinds[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    order = order_of(options)
+    first = rank == 0
+    found = run(
+        order,
+        device,
+        dtype,
+        say=(lambda text: print(text, flush=True)) if first else _silent,
+        save=partial(runs.write_json, options.out) if first and options.out else _silent,
+    )
+    if options.out and first:
+        print(f"{options.out}, {draw(found, options.out.with_suffix('.png'))}")
+    return 0
+
+
+def _silent(what: object) -> None:
+    pass
+
+
+def draw(found: dict, path: Path) -> Path:
+    """The stages of every row as bars over time, against the milliseconds that a chunk lasts on screen."""
+    from lingbot_nb.report import figures
+
+    rows = found["rows"]
+    budget = 1000 * TIME_STRIDE * rows[0]["chunk"] / FPS
+    names = ", ".join(f"{row['name']} {row['steps']}+{int(row['clean_pass'])}" for row in rows)
+    ax = figures.latency_waterfall([row["stages"] for row in rows], budget_ms=budget, title=names)
+    ax.figure.savefig(path, dpi=110, bbox_inches="tight")
+    return path

@@ -1,0 +1,76 @@
+"""Every family trains from the same start on a micro world and is judged the same way."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_nb.distill import train
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.presets import MICRO
+from lingbot_nb.report import bench_families as bench
+from lingbot_nb.report.bench_training import random_clips
+
+PRESET = replace(MICRO, shape=MICRO.shape.with_frames(3))
+
+
+class Decoder:
+    """Latents to pixel frames of the right number and size."""
+
+    def decode(self, latents):
+        count = 4 * (latents.shape[2] - 1) + 1
+        return latents[:, :3].mean((2, 3, 4))[:, :, None, None, None].expand(-1, -1, count, 32, 48)
+
+
+@pytest.fixture(scope="module")
+def world():
+    torch.manual_seed(0)
+    start, teacher = (DiT(PRESET.model).requires_grad_(False) for _ in range(2))
+    for dit in (start, teacher):
+        torch.nn.init.normal_(dit.head.head.weight, std=0.05)
+    clips = random_clips(PRESET, 4, torch.device("cpu"))
+    batch = next(clips.batches(2, torch.Generator().manual_seed(0)))
+    frames = np.random.default_rng(0).integers(0, 255, (2, 9, 32, 48, 3), dtype=np.uint8)
+    return bench.Place(PRESET, start, teacher, clips, batch=2, lr=1e-3), bench.Exam(batch, frames, Decoder(), (2, 1))
+
+
+def test_every_family_is_judged_beside_its_start(world):
+    place, exam = world
+    before = {name: tensor.clone() for name, tensor in place.start.state_dict().items()}
+    rows = list(bench.families(place, exam, seconds=0.01))
+    assert [row.family for row in rows] == ["start", *(family.__name__ for family in bench.FAMILIES)]
+    for row in rows[1:]:
+        assert row.steps >= 1 and row.seconds > 0 and not row.ended
+        assert list(row.psnr) == list(row.sharpness) == [2, 1] and all(np.isfinite(list(row.psnr.values())))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in place.start.state_dict().items())
+    shown = bench.table(rows).splitlines()
+    assert len(shown) == 2 + len(rows) and "dB, 1 steps" in shown[0] and "score_identity" in shown[4]
+
+
+@pytest.mark.parametrize("family", bench.FAMILIES)
+def test_the_gradient_reaches_the_student_and_not_the_teacher(world, family):
+    place, _ = world
+    step, state = family(place)
+    # At first the critic is the teacher, and their scores agree: the sixth step is the student's second.
+    *_, row = train.fit(step, state, steps=6)
+    assert row["student_grad"] > 0
+    assert all(p.grad is None for p in (*place.teacher.parameters(), *place.start.parameters()))
+    student = state.models["student"].state_dict()
+    assert not all(torch.equal(tensor, student[name]) for name, tensor in place.start.state_dict().items())
+
+
+def test_a_family_that_diverges_is_a_row(world):
+    place, exam = world
+
+    def broken(place):
+        _, state = bench.matching(place)
+
+        def step(state):
+            raise train.Diverged("the student's loss is nan")
+
+        return step, state
+
+    row = list(bench.families(place, exam, 0.01, [broken]))[-1]
+    assert "nan" in row.ended and row.steps == 0
+    assert "broken (diverged)" in bench.table([row])

@@ -1,0 +1,118 @@
+"""The streaming bench measures what it says it measures; how fast anything is, is not tested."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lingbot_nb.cli import main
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.presets import LINGBOT, MICRO
+from lingbot_nb.report import architecture, bench_stream
+from lingbot_nb.report.bench_stream import Clock, Loop, Rate, Screen
+from lingbot_nb.stream.engine import Plain, Speed
+
+CPU = torch.device("cpu")
+STREAM = replace(MICRO.stream, chunk=2, window=5, image_first=False)
+PRESET = replace(MICRO, stream=STREAM)
+
+
+@pytest.fixture
+def small_decoder(monkeypatch):
+    """The micro tokenizer instead of the tiny world's."""
+    monkeypatch.setattr(bench_stream, "TinyVAE", lambda: TinyVAE(MICRO_VAE))
+
+
+def loop(steps=2):
+    dit = bench_stream.random_dit(PRESET.model, CPU, torch.float32)
+    path = Plain(dit, PRESET.stream, PRESET.shape, bench_stream._schedule(PRESET, steps))
+    return Loop(path, Screen(TinyVAE(MICRO_VAE).eval(), CPU), PRESET, steps)
+
+
+def test_every_chunk_ends_as_uint8_frames_on_the_host():
+    player = loop()
+    frames = [player.step()[1] for _ in range(3)]
+    size = (PRESET.shape.height, PRESET.shape.width, 3)
+    assert [f.shape for f in frames] == [(5, *size), (8, *size), (8, *size)]  # the first frame is one picture
+    assert all(isinstance(f, np.ndarray) and f.dtype == np.uint8 for f in frames)
+    player.reset()
+    assert np.array_equal(player.step()[1], frames[0])
+
+
+def test_a_steady_stream_has_its_window_full_and_its_sink_behind_it():
+    player = loop()
+    for _ in range(player.fills()):
+        player.step()
+    cache = player.engine.cache
+    assert len(cache.visible()) == STREAM.window and cache.visible()[STREAM.sink] > STREAM.sink
+    skipped = loop()
+    skipped.step()
+    skipped.skip_past()
+    skipped.step()
+    assert len(skipped.engine.cache.visible()) == STREAM.window
+
+
+def test_row_adds_up():
+    player = loop()
+    row = bench_stream.time_stream(player, "plain", 3, floor=1.0)
+    assert row.chunks == 3 and row.steps == 2 and row.chunk == 2 and row.peak_gib == 0
+    assert row.fps == pytest.approx(8 * 3 * 1000 / (3 * row.period), rel=0.9) and row.latency <= row.p99
+    assert set(row.stages) == {"keys", "camera", "steps", "hand over", "clean pass", "decode"}
+    assert sum(ms for name, ms in row.stages.items() if name != "decode") < 3 * row.period
+    assert "2+1 forwards" in str(row) and "n=3" in str(row)
+
+
+def test_clock_gives_each_stage_from_the_point_before_it():
+    clock = Clock(CPU)
+    clock._points = [("begin", 0.0), ("a", 0.001), ("b", 0.004), ("begin", 0.1), ("a", 0.102)]
+    spans = clock.stages("begin")
+    assert spans["a"] == pytest.approx([1, 2]) and spans["b"] == pytest.approx([3]) and "begin" not in spans
+
+
+def test_floor_counts_every_product_and_attention_of_a_chunk(monkeypatch):
+    """At one TFLOP/s for everything the floor is the chunk's arithmetic, as the architecture chapter counts it."""
+
+    def product(rows, inside, columns, device, dtype):
+        return 2 * rows * inside * columns
+
+    def attention(queries, keys, size, device, dtype, format):
+        return 4 * queries * keys * size.dim
+
+    monkeypatch.setattr(bench_stream, "_attention", attention)
+    monkeypatch.setattr(bench_stream, "_alone", lambda work, device: work / 1e9)
+    rates = [*bench_stream.linear_rates(LINGBOT, CPU, torch.float32, product)]
+    rates += bench_stream.attention_rates(LINGBOT, CPU, torch.float32)
+    expected = architecture.chunk_flops(LINGBOT.model, LINGBOT.shape, 3, 9, forwards=5)
+    assert bench_stream.floor_ms(rates, LINGBOT.model.layers, 5) == pytest.approx(expected / 1e9)
+    assert all(rate.tflops == pytest.approx(1.0) for rate in rates)
+
+
+def test_floor_of_work_done_once_does_not_grow_with_the_forwards():
+    rates = [Rate("each pass", 2, 3.0, 1.0), Rate("once", 4, 5.0, 1.0, once=True)]
+    assert bench_stream.floor_ms(rates, layers=10, forwards=1) == 10 * (2 * 3 + 4 * 5)
+    assert bench_stream.floor_ms(rates, layers=10, forwards=5) == 10 * (5 * 2 * 3 + 4 * 5)
+
+
+def test_command_prints_rows_compares_and_writes_numbers_and_picture(small_decoder, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    words = "bench stream --preset micro --steps 2,1 --chunk 2 --window 5 --chunks 2 --plain-chunks 1 --no-compile"
+    assert main([*words.split(), "--check", "4", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [(row["name"], row["steps"]) for row in found["rows"]] == [("plain", 2), ("engine", 2), ("engine", 1)]
+    assert found["check"]["engine"] and max(found["check"]["engine"]) < 1e-5
+    assert "chunk 2 · window 5 · sink 1" in found["conditions"] and len(found["rates"]) == 7
+    assert out.with_suffix(".png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert printed.count("FPS") >= 3 and "x0 differs by" in printed
+
+
+def test_fp8_rows_are_named_and_their_error_is_told(small_decoder):
+    said = []
+    speed = Speed(compile=False, graph=False, fp8=True)
+    order = bench_stream.Order(PRESET, (1,), speed, chunks=1, plain_chunks=0, check=3)
+    found = bench_stream.run(order, CPU, torch.float32, said.append)
+    assert [row["name"] for row in found["rows"]] == ["engine fp8"]
+    assert 1e-3 < max(found["check"]["engine"]) < 0.15 and any("x0 differs" in line for line in said)
+    assert len(found["layers"]) == PRESET.model.layers and 0.01 < min(found["layers"]) < max(found["layers"]) < 0.15

@@ -1,0 +1,376 @@
+"""The streaming engine against the plain path: the same frames, however it gets there."""
+
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from micro_world import SIZE, random_dit
+from torch import nn
+
+from lingbot_nb.distill.flow import few_steps
+from lingbot_nb.distill.launch import launch
+from lingbot_nb.model import fp8, fp8_attention
+from lingbot_nb.model.attention import attend_reference
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
+from lingbot_nb.model.graph import Compiler
+from lingbot_nb.model.kv_cache import KVCache
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.presets import LINGBOT, MICRO, StreamSettings
+from lingbot_nb.stream.engine import Engine, Plain, Speed, StreamingDiT, fast
+from lingbot_nb.stream.engine_memory import GIB, check_memory, needed
+from lingbot_nb.stream.session import Session
+
+SHAPE = MICRO.shape
+STEPS = few_steps((1, 0.5), 3.0)
+SLOW = Speed(compile=False, graph=False, join=False)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+
+
+class World:
+    """A stream's inputs, the same for every path that plays it; `start` frames are known and written, not denoised."""
+
+    clean_pass = True
+
+    def __init__(self, settings, chunks, seed=0, dtype=torch.float32, device="cpu", size=SIZE):
+        self.settings, self.chunks, self.seed, self.device, self.size = settings, chunks, seed, device, size
+        self.dit = random_dit(seed).to(device, dtype).eval().requires_grad_(False)
+
+    def _draw(self, *sizes):
+        return torch.randn(*sizes, generator=self._make).to(self.device)
+
+    def play(self, path):
+        """Plays one stream; returns its chunks. The first is written where the settings begin with an image."""
+        self._make = torch.Generator().manual_seed(self.seed)
+        path.reset()
+        path.prompt(self._draw(1, 5, self.size.text_dim))
+        lengths = self.settings.chunk_lengths(self.settings.chunk * self.chunks)
+        return [
+            self._chunk(path, length, known=i == 0 and self.settings.image_first) for i, length in enumerate(lengths)
+        ]
+
+    def _chunk(self, path, frames, known):
+        cells = (frames, SHAPE.latent_height, SHAPE.latent_width)
+        noise, fresh = self._draw(1, 16, *cells), self._draw(len(STEPS) - 1, 1, 16, *cells)
+        told = self._draw(1, self.size.control_channels * 64, *cells), self._draw(1, 20, *cells)
+        if known:
+            path.write(noise, *told)
+            return noise
+        x0 = path.denoise(noise, fresh, *told)
+        path.finish()
+        return x0
+
+    def plain(self):
+        return Plain(self.dit, self.settings, SHAPE, STEPS)
+
+    def engine(self, speed=SLOW, **options):
+        net = fast(self.dit, speed, **options)
+        return Engine(
+            net, self.settings, SHAPE, STEPS, graph=speed.graph, merge=speed.merge, clean_pass=self.clean_pass
+        )
+
+
+def far(chunks, others):
+    """Largest relative difference between two streams' chunks."""
+    return max(((a - b).norm() / a.norm()).item() for a, b in zip(chunks, others, strict=True))
+
+
+def random_settings(seed):
+    rng = random.Random(seed)
+    chunk, sink = rng.randint(1, 3), rng.randint(0, 3)
+    return StreamSettings(chunk, sink + chunk + rng.randint(0, 4), sink, rng.random() < 0.7, rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uncompiled_engine_is_the_plain_path_to_the_bit(seed, dtype):
+    world = World(random_settings(seed), 9, seed, dtype)
+    plain, engine = world.plain(), world.engine()
+    once, other = world.play(plain), world.play(engine)
+    assert all(torch.equal(a, b) for a, b in zip(once, other, strict=True))
+    assert engine.cache.visible() == plain.cache.visible()
+    assert all(torch.equal(a, b) for a, b in zip(once, world.play(engine), strict=True))  # after a reset
+
+
+def test_forty_chunks_compiled_and_joined_stay_within_rounding():
+    world = World(StreamSettings(2, 7, 2, image_first=False), 40)
+    assert far(world.play(world.plain()), world.play(world.engine(Speed()))) < 2e-6
+
+
+def test_one_compilation_serves_all_layers_and_chunks():
+    """Three layers, a sink that fills, a window that fills: two forms of each piece, with and without sink keys."""
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    world = World(StreamSettings(2, 6, 2, image_first=False), 8)
+    torch.manual_seed(0)
+    world.dit.blocks.append(type(world.dit.blocks[0])(SIZE))
+    for parameter in world.dit.blocks[-1].parameters():
+        nn.init.normal_(parameter, std=0.1)
+    world.dit.requires_grad_(False)
+    world.dit.size = replace(SIZE, layers=3)
+    once = world.play(world.plain())
+    assert far(once, world.play(world.engine(Speed(join=False), compile=Compiler(counting)))) < 2e-6
+    assert len(made) == 7  # enter and pass on (each with and without keys for the sink), leave, film, the sink's turn
+
+
+def test_a_new_prompt_counts_from_the_next_chunk():
+    world = World(StreamSettings(1, 4, 1, image_first=False), 3)
+    for path in (world.plain(), world.engine()):
+        first = world.play(path)
+        path.prompt(torch.ones(1, 5, SIZE.text_dim))
+        later = world._chunk(path, 1, known=False)
+        if isinstance(path, Plain):
+            expected = later
+    assert torch.equal(later, expected) and len(first) == 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_clean_pass_beside_the_next_first_step_changes_nothing(seed):
+    world = World(random_settings(seed), 9, seed)
+    plain, engine = world.plain(), world.engine(replace(SLOW, merge=True))
+    assert far(world.play(plain), world.play(engine)) < 2e-6
+    assert engine._held and engine.cache.visible() == plain.cache.visible()
+    states = torch.ones(1, 5, SIZE.text_dim)
+    later = []
+    for path in (plain, engine):  # the pass put off is still the old prompt's
+        path.prompt(states)
+        world._make.manual_seed(5)
+        later.append(world._chunk(path, world.settings.chunk, known=False))
+    assert far(later[:1], later[1:]) < 2e-6
+    engine.settle()
+    for layer in range(SIZE.layers):
+        for mine, theirs in zip(engine.cache.ordered(layer), plain.cache.ordered(layer), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_passes_stay_within_rounding_over_forty_compiled_chunks():
+    world = World(StreamSettings(2, 7, 2, image_first=False), 40)
+    assert far(world.play(world.plain()), world.play(world.engine(Speed(merge=True)))) < 2e-6
+
+
+def test_without_a_clean_pass_the_past_is_what_the_last_step_wrote():
+    class Unclean(Plain):
+        def finish(self):
+            self.cache.commit()
+
+    world = World(StreamSettings(2, 7, 2, image_first=False), 9)
+    world.clean_pass = False
+    unclean = world.play(Unclean(world.dit, world.settings, SHAPE, STEPS))
+    assert all(torch.equal(a, b) for a, b in zip(unclean, world.play(world.engine()), strict=True))
+    assert far(world.play(world.plain()), unclean) > 1e-3
+
+
+def test_calls_out_of_order_are_told():
+    world = World(StreamSettings(1, 4, 1), 1)
+    engine = world.engine()
+    with pytest.raises(RuntimeError, match="no prompt yet"):
+        world._make = torch.Generator().manual_seed(0)
+        world._chunk(engine, 1, known=False)
+    with pytest.raises(RuntimeError, match="no chunk is running"):
+        engine.finish()
+
+
+def test_failing_compilation_warns_once_and_goes_on_plainly():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    world = World(StreamSettings(1, 4, 1, image_first=False), 6)
+    engine = world.engine(Speed(join=False), compile=Compiler(backend=broken))
+    with pytest.warns(UserWarning, match="'_film' failed.*no compiler here") as seen:
+        played = world.play(engine)
+    assert sum("uncompiled" in str(w.message) for w in seen) == 1
+    assert far(world.play(world.plain()), played) < 2e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        world.play(engine)
+
+
+def test_a_mistake_in_the_arguments_is_raised_and_not_hidden_by_the_fallback():
+    add = Compiler(backend="eager")(lambda a, b: a + b)
+    with pytest.warns(UserWarning, match="uncompiled"), pytest.raises(RuntimeError, match="size of tensor"):
+        add(torch.zeros(2), torch.zeros(3))
+
+
+# -- 8-bit floating point ---------------------------------------------------------------------------------------------
+
+
+def test_quantised_rows_come_back_within_half_a_step_of_the_format():
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
+    x[3] = 0
+    rows, scales = fp8.quantised(x)
+    assert rows.dtype == torch.float8_e4m3fn and scales.shape == (50, 1) and rows.float().isfinite().all()
+    error = (rows.float() * scales - x).abs()
+    assert (error <= x.abs() / 16 + scales * 2**-10).all()
+    assert (rows[:3].float().abs().amax(1) == fp8.LARGEST).all() and not rows[3].float().any()
+
+
+def test_fp8_linear_is_the_product_of_what_was_quantised():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    x = torch.randn(2, 5, 64)
+    rows, scales = fp8.quantised(x)
+    weight, weight_scales = fp8.quantised(linear.weight)
+    expected = (rows.float() * scales) @ (weight.float() * weight_scales).T + linear.bias
+    torch.testing.assert_close(fp8.Fp8Linear(linear)(x), expected, atol=1e-5, rtol=1e-5)
+    relative = (fp8.Fp8Linear(linear)(x) - linear(x)).norm() / linear(x).norm()
+    assert 0.01 < relative < 0.06  # 3 bits of mantissa on either side
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_fp8_replaces_the_products_of_every_pass_and_nothing_else(join):
+    dit = random_dit()
+    kept = {name: value.clone() for name, value in dit.state_dict().items()}
+    net = fast(dit, replace(SLOW, join=join, fp8=True))
+    names = {name for name, part in net.layers[0].named_modules() if isinstance(part, fp8.Fp8Linear)}
+    self_attention = {"qkv"} if join else {"q", "k", "v"}
+    assert names == {
+        *(f"self_attn.{name}" for name in (*self_attention, "o")),
+        *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
+        *fp8.CAMERA,
+    }
+    assert all(torch.equal(value, kept[name]) for name, value in dit.state_dict().items())
+
+
+def test_fp8_stream_stays_near_the_plain_one():
+    world = World(StreamSettings(2, 7, 2, image_first=False), 12)
+    plain = world.play(world.plain())
+    assert 1e-3 < far(plain, world.play(world.engine(replace(SLOW, fp8=True)))) < 0.1
+
+
+def test_emulated_fp8_attention_is_attention_within_rounding():
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 32, generator=make) for n in (40, 300, 300))
+    got = lifted(emulated_attend(lowered(q), lowered(k), lowered(v, SCALE))).float()
+    error = (got - attend_reference(q, k, v)).norm() / attend_reference(q, k, v).norm()
+    assert 0.01 < error < 0.1  # outputs are small means of values, whose rounding does not shrink with them
+    huge = lowered(torch.tensor([1e9, -1e9, 1.0]), SCALE).float()
+    assert huge.tolist() == [fp8.LARGEST, -fp8.LARGEST, SCALE]
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_fp8_attention_keeps_an_8_bit_cache_and_stays_near(relative):
+    world = World(StreamSettings(2, 7, 2, relative, image_first=False), 12)
+    engine = world.engine(replace(SLOW, fp8_attention=True))
+    assert 1e-4 < far(world.play(world.plain()), world.play(engine)) < 0.05
+    assert engine.cache.ordered(0)[0].dtype == torch.float8_e4m3fn
+
+
+def test_where_fp8_attention_cannot_be_had_there_is_one_warning():
+    with pytest.warns(UserWarning, match="attention stays in bf16"):
+        assert not usable(torch.device("cpu"), 128)
+
+
+def test_a_kernel_that_is_wrong_is_not_believed(monkeypatch):
+    monkeypatch.setattr(fp8_attention, "attend_fp8", lambda q, k, v: q)
+    with pytest.warns(UserWarning, match="is wrong by"):
+        assert not usable(torch.device("cpu"), 128)
+    monkeypatch.setattr(fp8_attention, "attend_fp8", emulated_attend)
+    assert usable(torch.device("cpu"), 128)
+
+
+# -- in a session, in little memory ------------------------------------------------------------------------------------
+
+
+def test_a_session_plays_the_same_frames_with_the_fast_network():
+    torch.manual_seed(1)
+    dit, vae = DiT(MICRO.model).eval(), TinyVAE(MICRO_VAE).eval()
+    for parameter in dit.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    picture = np.random.default_rng(0).integers(0, 256, (SHAPE.height, SHAPE.width, 3), dtype=np.uint8)
+
+    class Words:
+        def encode(self, prompt):
+            return torch.ones(3, MICRO.model.text_dim) * len(prompt)
+
+    played = []
+    for network in (dit, StreamingDiT(dit)):
+        session = Session(MICRO, network, vae, Words(), start_image=picture, prompt="a corridor", steps=2)
+        chunks = [session.step(keys) for keys in ("w", "wl", "")]
+        session.window, session.prompt = 3, "a cave"  # the cache is built anew
+        played.append(np.concatenate([*chunks, session.step("j")]).astype(int))
+    assert played[0].std() > 1 and np.abs(played[0] - played[1]).max() <= 1
+
+
+def test_a_meta_network_is_filled_layer_by_layer_and_the_original_stays_empty():
+    dit = DiT(SIZE, device="meta")
+    net = fast(dit, replace(SLOW, fp8=True), to=lambda tensor: torch.ones(tensor.shape))
+    assert all(p.is_meta for p in dit.parameters()) and net.device.type == "cpu"
+    assert net.layers[0].ffn[0].weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(net.layers[1].modulation, torch.ones(1, 6, SIZE.dim))
+
+
+def test_needed_memory_counts_what_lies_in_it():
+    need = needed(LINGBOT)
+    assert need.weights == 2 * 18_544_332_864
+    assert need.cache == 2 * 2 * 40 * 10.5 * 1560 * 5120  # window 9 and once more the keys of 3 sink frames
+    assert need.camera == 2 * 2 * 40 * 3 * 1560 * 5120
+    halved = needed(LINGBOT, fp8=True, ranks=2)
+    products = 40 * (10 * 5120**2 + 2 * 5120 * 13824)
+    assert halved.weights == need.weights - products and halved.cache == need.cache / 2
+    with pytest.raises(ValueError, match="without a window"):
+        needed(replace(LINGBOT, stream=StreamSettings(window=None)))
+
+
+def test_the_cache_takes_what_was_counted():
+    cache = KVCache(MICRO.model, MICRO.stream, SHAPE)
+    assert cache.occupancy().bytes == needed(MICRO, value_bytes=4).cache
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(44, "in fp8: 40 GiB"), (24, "lingbot-1.3b at 480x832"), (1, "tiny preset")])
+def test_a_small_gpu_is_told_what_would_fit(gib, fits):
+    with pytest.raises(RuntimeError, match=rf"needs 55 GiB .*{gib} GiB are free.*{fits}"):
+        check_memory(LINGBOT, gib * GIB)
+
+
+def test_a_large_gpu_is_not_told_anything():
+    assert check_memory(LINGBOT, 80 * GIB).total < 60 * GIB
+
+
+# -- several processes, GPUs ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_with_half_the_heads_each_play_the_same_stream(tmp_path):
+    rows = list(launch("engine_target:distances", processes=2, folder=tmp_path))
+    # Keys of the sink cross over as 8 bits where attention has 8 bits.
+    assert len(rows) == 8 and all(row["far"] < (0.02 if row["small"] else 2e-6) for row in rows)
+    assert all(row["heads"] == SIZE.heads // 2 for row in rows)
+
+
+@GPU
+@pytest.mark.parametrize("settings", [StreamSettings(1, 4, 1), StreamSettings(2, 7, 2, image_first=False)])
+def test_recorded_engine_is_the_plain_path(settings):
+    world = World(settings, 12, device="cuda")
+    engine = world.engine(Speed(compile=False, join=False))
+    once = world.play(world.plain())
+    for _ in range(3):  # plain, recorded, replayed
+        assert far(once, world.play(engine)) < 1e-5
+    assert engine._denoise._recordings
+
+
+@GPU
+def test_the_gpus_fp8_attention_is_the_emulated_one():
+    if not usable(torch.device("cuda"), 128):
+        pytest.skip("no fp8 attention here")
+    make = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, n, 4, 128, generator=make, device="cuda") for n in (500, 1300, 1300))
+    given = lowered(q), lowered(k), lowered(v, SCALE)
+    here, emulated = (lifted(run(*given)).float() for run in (fp8_attention.attend_fp8, emulated_attend))
+    assert (here - emulated).norm() / emulated.norm() < 0.03
+
+
+@GPU
+def test_the_gpus_fp8_product_is_the_emulated_one():
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(33, 256, device="cuda")
+    here, emulated = (fp8.Fp8Linear(linear, product)(x) for product in (fp8.scaled_product, fp8.emulated_product))
+    torch.testing.assert_close(here, emulated, atol=0.02, rtol=0.02)
