@@ -1,9 +1,8 @@
 """`play` and `bench` on the command line, with a painted session in place of a student."""
 
-import argparse
+import contextlib
 import json
 
-import numpy as np
 import pytest
 from fake_session import FakeSession, read_keys, read_number
 
@@ -83,8 +82,12 @@ def test_usage_errors(words, capsys):
 def test_bench_endless_keeps_curve_and_numbers(monkeypatch, root, capsys):
     class Painted(FakeSession):
         preset, device, dtype = MICRO, "cpu", "torch.float32"
+        threads, on_threads = 1, contextlib.nullcontext
 
-    monkeypatch.setattr(commands, "fastest", lambda make: Painted())
+        def tune(self):
+            pass
+
+    monkeypatch.setattr(commands, "live_session", lambda *_, **__: Painted())
     assert cli.main(["bench", "endless", "--minutes", "0.3"]) == 0
     out = capsys.readouterr().out
     assert "sharpness" in out and "steps 4 · chunk 1" in out
@@ -97,13 +100,3 @@ def test_bench_play_without_a_browser_says_so(monkeypatch, capsys):
     monkeypatch.setattr(commands.lab, "CHROMIUM", None)
     assert cli.main(["bench", "play"]) == 2
     assert "no Chromium here" in capsys.readouterr().err
-
-
-def test_the_fastest_dtype_builds_the_session(monkeypatch):
-    import torch
-
-    made = []
-    monkeypatch.setattr(commands, "choose_dtype", lambda make: commands_choice)
-    commands_choice = argparse.Namespace(dtype=torch.bfloat16, apply=lambda: commands_choice)
-    assert commands.fastest(lambda dtype: made.append(dtype) or np.zeros(1)) is not None
-    assert made == [torch.bfloat16]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,16 @@ def test_credit_ignores_frames_never_sent():
     assert not credit.wait()
 
 
+def test_half_a_window_without_an_answer_asks_for_one():
+    credit = Credit(window=6, timeout=0.0)
+    assert [credit.asks(credit.send()) for _ in range(5)] == [False, False, True, True, True]
+    credit.acknowledge(3)
+    assert [credit.asks(credit.send()) for _ in range(2)] == [True, True]
+    credit.acknowledge(7)
+    assert not credit.asks(credit.send())
+    assert all(Credit(window=1).asks(number) for number in (1, 2))
+
+
 # -- playback ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +216,24 @@ def test_keys_are_read_after_the_chunk_before_is_on_screen(running):
     running(session, viewer)
     viewer.wait(lambda frames: len(frames) > 40)
     assert max(ahead) <= session.next_frames
+
+
+def test_the_first_part_of_a_chunk_is_shown_while_the_rest_is_made(running):
+    """The session makes each next part, and the next chunk, only once the viewer has seen the part before."""
+    session, viewer = FakeSession(chunk=3), Viewer()
+    generate = session.generate
+
+    def stream(keys):
+        for part in np.split(generate(keys), 3):
+            yield part
+            first = read_number(part[0])
+            viewer.wait(lambda frames, first=first: read_number(frames[-1]) >= first)
+
+    session.stream = stream
+    playback = running(session, viewer)
+    viewer.wait(lambda frames: len(frames) > 40)
+    assert viewer.numbers == list(range(len(viewer.numbers)))
+    assert playback.read_out().state == "playing"
 
 
 def test_a_silent_viewer_stops_the_world_and_a_returning_one_resumes_it(running):
@@ -403,6 +432,42 @@ def test_space_pauses_and_keys_wait(one_player):
     assert player.held.names() == set()
     _press(player, "keydown", " ")
     assert not player.playback.paused
+
+
+def test_a_picture_and_its_number_travel_together(one_player):
+    """One message a picture; the number, which the page answers, only where an answer is wanted."""
+    panel, sent = play(FakeSession()).player.panel, []
+    stop()
+    panel.picture.send_state = lambda key=None: sent.append(set(key))
+    panel.picture.show(b"one", 7)
+    panel.picture.show(b"two", None)
+    assert sent == [{"value", "number"}, {"value"}]
+    assert panel.picture.number == 7 and panel.picture.value == b"data:image/jpeg;base64,dHdv"
+
+
+def test_a_session_is_tuned_once(one_player):
+    class Tunable(FakeSession):
+        threads, tuned = None, 0
+
+        def tune(self, fewest_steps):
+            self.threads, self.tuned = 1, self.tuned + 1
+
+    session = Tunable()
+    play(session), play(session)
+    assert session.tuned == 1
+
+
+def test_a_window_that_the_session_shortened_is_told_once(one_player):
+    session = FakeSession()
+    session.window, session.sink, session.longest_window, session.longest_sink = 9, 1, 21, 3
+    session.preset = SimpleNamespace(stream=SimpleNamespace(chunk=1))
+    player = play(session).player
+    session.window, session.shrunk = 5, True
+    player._refresh()
+    assert player.panel.window.value == 5 and "window is now 5 frames" in player.panel.message.value
+    player.panel.window.value = 12  # the user has another try
+    player._refresh()
+    assert player.panel.window.value == 12
 
 
 def test_run_all_twice_leaves_one_player(one_player):

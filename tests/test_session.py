@@ -16,9 +16,19 @@ from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8, to_uint8
 from lingbot_nb.presets import MICRO
+from lingbot_nb.stream import session as session_module
 from lingbot_nb.stream.follow import Newest
 from lingbot_nb.stream.playback import play_script
-from lingbot_nb.stream.session import Recording, Session, choose_dtype, fit_image, live_path, replay, with_chunk
+from lingbot_nb.stream.session import (
+    Recording,
+    Session,
+    choose_dtype,
+    fit_image,
+    live_path,
+    replay,
+    steps_within,
+    with_chunk,
+)
 
 
 class Words:
@@ -434,12 +444,111 @@ def test_the_fastest_dtype_is_chosen():
     assert choose_dtype(make, clock=lambda: now[0], threads=(1, 2)).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("enough", "threads"), [(0.9, 2), (1.1, 1), (0.1, 2)])
+def test_the_fewest_threads_that_are_enough_are_chosen(enough, threads):
+    """One thread takes a second, two take 0.6: two only where one is too slow, and then also where both are."""
+    now = [0.0]
+
+    def run():
+        now[0] += {1: 1.0, 2: 0.6}[torch.get_num_threads()]
+
+    choice = choose_dtype(lambda dtype: run, clock=lambda: now[0], threads=(1, 2), enough=enough)
+    assert choice.threads == threads
+
+
+def test_tuning_leaves_the_world_and_torch_as_they_were(make):
+    tuned, plain = make(), make()
+    walk(tuned, "w"), walk(plain, "w")
+    threads = torch.get_num_threads()
+    choice = tuned.tune(seconds=0.05)
+    assert tuned.threads == choice.threads and tuned.dtype == choice.dtype
+    assert torch.get_num_threads() == threads
+    assert f"{choice.threads} thread" in tuned.about
+    if choice.dtype == plain.dtype:
+        assert np.array_equal(walk(tuned, "w", "l"), walk(plain, "w", "l"))
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(0.25, 4), (0.21, 3), (0.16, 2), (0.11, 1), (0.01, 1)])
+def test_steps_are_lowered_until_a_chunk_fits(budget, steps):
+    """One step takes 0.1 s, each more 0.05 s."""
+    assert steps_within(budget, 0.1, 0.25, 4) == steps
+    assert steps_within(budget, 0.1, 0.1, 1) == 1
+
+
+def test_tuning_lowers_steps_only_if_asked_and_not_too_far(make, monkeypatch):
+    monkeypatch.setattr(session_module, "ROOM", 0.0)  # no chunk is quick enough
+    session = make(steps=4)
+    session.tune(seconds=0.02)
+    assert session.steps == 4
+    session.tune(seconds=0.02, fewest_steps=2)
+    assert session.steps == 2
+    assert session.recording().changes == ((1, {"steps": 2}),)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_stream_hands_out_each_latent_frame(make, chunk):
+    streamed, whole = (make(with_chunk(MICRO, chunk)) for _ in range(2))
+    for keys in ("w", "l"):
+        parts = list(streamed.stream(keys))
+        assert [len(part) for part in parts] == [4] * chunk
+        assert np.array_equal(np.concatenate(parts), whole.generate(keys))
+    assert np.array_equal(streamed.last_frame, whole.last_frame)
+    assert streamed.pixel_frames == whole.pixel_frames == 1 + 8 * chunk
+
+
+def test_a_session_computes_on_its_own_threads(make, monkeypatch):
+    session, seen = make(), []
+    session.threads = 1
+    decode = session._decoder.decode
+    monkeypatch.setattr(session._decoder, "decode", lambda x0: seen.append(torch.get_num_threads()) or decode(x0))
+    before = torch.get_num_threads()
+    session.step("w")
+    assert seen == [1] and torch.get_num_threads() == before
+
+
+def full(session, times: int):
+    """Make the session's decoder run out of memory `times` times, after the chunk has drawn its noise."""
+    decode, left = session._decoder.decode, [times]
+
+    def pretended(x0):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(x0)
+
+    session._decoder.decode = pretended
+    return session
+
+
+def test_a_full_gpu_says_what_would_fit_and_loses_nothing(make):
+    session, plain = make(), make()
+    walk(session, "w"), walk(plain, "w")
+    full(session, 1)
+    shortest = session.sink + session.preset.stream.chunk
+    with pytest.raises(RuntimeError, match=rf"a window of {shortest} instead of {session.window} frames frees \d+ MiB"):
+        session.step("l")
+    assert np.array_equal(session.step("l"), plain.step("l"))
+
+
+def test_a_full_gpu_shortens_the_window_if_asked(make):
+    session, short = make(), make()
+    walk(session, "w", "w"), walk(short, "w", "w")
+    session.shrinks = True
+    frames = full(session, 1).step("l")
+    short.window = short.sink + short.preset.stream.chunk
+    assert session.window == short.window and session.shrunk
+    assert np.array_equal(frames, short.step("l"))
+    with pytest.raises(RuntimeError, match="cannot be shorter"):
+        full(session, 1).step("l")
+
+
 def test_the_player_plays_and_records_a_real_session(make, tmp_path):
     pytest.importorskip("ipyevents")
     pytest.importorskip("av")
     from lingbot_nb.stream.player import play, stop
 
     session = make(steps=1)
+    session.threads = 1  # not to be tuned: the dtype must be that of the session which plays the recording again
     player = play(session, folder=tmp_path, script="w-12", fps=200, scenes=[picture(), picture(1)]).player
     show = player._show
 
@@ -470,6 +579,7 @@ class Watched:
     def __init__(self, session, **options):
         from lingbot_nb.stream.player import play
 
+        session.threads = 1  # not to be tuned: that may replace the model by one of another dtype
         self.player = play(session, fps=200, **options).player
         show = self.player._show
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +19,7 @@ from lingbot_nb.runs import Run
 from lingbot_nb.stream import endless, lab, latency
 from lingbot_nb.stream.movie import write_movie
 from lingbot_nb.stream.playback import play_script
-from lingbot_nb.stream.session import Session, choose_dtype, fit_image, with_chunk
+from lingbot_nb.stream.session import Session, fit_image, with_chunk
 
 SHIPPED = "live-play"
 """The run of those who name none: nothing is trained in it, so its weights are the shipped ones."""
@@ -87,26 +86,24 @@ def bench_cell(run: str, student: str, steps: int, seed: int, chunk: int):
     from lingbot_nb.stream.player import play as show
 
     note = latency.Log("events.jsonl")
-    session = fastest(partial(live_session, open_run(run), student, chunk=chunk, steps=steps, seed=seed))
+    session = tuned(live_session(open_run(run), student, chunk=chunk, steps=steps, seed=seed))
     widget = show(latency.mark(session, note))
     latency.log_keys(widget.player.held, note)
-    Path("about.txt").write_text(conditions(session.preset, session.device, session.dtype))
+    Path("about.txt").write_text(_conditions(session))
     return widget
 
 
 def bench_endless(options: argparse.Namespace) -> int:
     """Play for many minutes of world time as fast as it goes; draw quality, time and memory; print a table."""
     run = open_run(options.run)
-    session = fastest(
-        partial(live_session, run, options.student, chunk=options.chunk, steps=options.steps, seed=options.seed)
-    )
+    session = tuned(live_session(run, options.student, chunk=options.chunk, steps=options.steps, seed=options.seed))
     pixel_frames = round(60 * options.minutes * session.fps)
     stretches = []
     for stretch in endless.play_on(session, endless.wander(options.seed), pixel_frames):
         stretches.append(stretch)
         print(f"\r{stretch.second / 60:.1f} of {options.minutes:g} min", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    said = conditions(session.preset, session.device, session.dtype, steps=options.steps, chunk=options.chunk)
+    said = _conditions(session, steps=options.steps, chunk=options.chunk)
     runs.write_json(run.path("endless.json"), {"conditions": said, "stretches": [asdict(s) for s in stretches]})
     picture = endless.draw(stretches, run.figures / "endless.png", title=f"{options.minutes:g} minutes of play")
     print(text_table(endless.summary(stretches)))
@@ -125,14 +122,14 @@ def open_run(name: str | None) -> Run:
     return Run(folder, card["preset"])
 
 
-def live_session(run: Run, student: str, *, chunk: int | None = None, dtype: torch.dtype = torch.float32, **options):
-    """A session of the run's student with another chunk length and dtype."""
+def live_session(run: Run, student: str, *, chunk: int | None = None, **options) -> Session:
+    """A session of the run's student with another chunk length."""
     session = parts.session(run, student, **options)
     preset = run.preset if chunk is None else with_chunk(run.preset, chunk)
-    if preset == run.preset and dtype == torch.float32:
+    if preset == run.preset:
         return session
     options = dict(start_image=session.start_image, prompt=session.prompt, steps=session.steps, seed=session.seed)
-    return Session(preset, session.dit, session.vae, session.text, dtype=dtype, **options)
+    return Session(preset, session.dit, session.vae, session.text, **options)
 
 
 def rank_session(rank: int, world: int, *, run: str, student: str = "student.safetensors", **options) -> Session:
@@ -145,8 +142,12 @@ def rank_session(rank: int, world: int, *, run: str, student: str = "student.saf
     return live_session(open_run(run), student, **options)
 
 
-def fastest(make) -> Session:
-    """The session that `make(dtype=…)` gives in the dtype, and with the thread count, that a one-second probe found
-    fastest."""
-    choice = choose_dtype(lambda dtype: partial(make(dtype=dtype).step, "w")).apply()
-    return make(dtype=choice.dtype)
+def tuned(session: Session) -> Session:
+    """The session in the dtype, and with the threads, that a one-second probe chose; its steps stay what was asked."""
+    session.tune()
+    return session
+
+
+def _conditions(session: Session, **extra) -> str:
+    with session.on_threads():
+        return conditions(session.preset, session.device, session.dtype, **extra)

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -73,20 +74,21 @@ def _decode(bits: str) -> tuple[int, str]:
 
 def mark(session, note: Callable[..., None]):
     """Make `session` burn markers into its frames and tell `note(kind, keys)` when a chunk begins; returns it."""
-    generate, count = session.generate, 0
+    generate, numbers = session.generate, count(1)
+    parts = getattr(session, "stream", lambda keys: [generate(keys)])
 
     def marked(keys):
-        nonlocal count
         rows = np.asarray(keys) if isinstance(keys, np.ndarray) else held(keys)
         rows = np.broadcast_to(rows, (session.next_frames, len(KEYS)))
         note("chunk", "".join(name for name, down in zip(KEYS, rows[0], strict=True) if down))
-        frames = generate(keys)
-        for frame, row in zip(frames, rows, strict=True):
-            count += 1
-            burn(frame, count % 2**NUMBER_BITS, row)
-        return frames
+        row_of = iter(rows)
+        for frames in parts(keys):
+            for frame in frames:
+                burn(frame, next(numbers) % 2**NUMBER_BITS, next(row_of))
+            yield frames
 
-    session.generate = marked
+    session.stream = marked
+    session.generate = lambda keys: np.concatenate(list(marked(keys)))
     return session
 
 

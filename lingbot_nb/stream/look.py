@@ -105,6 +105,11 @@ STYLE = """<style>
 .lb-side .widget-text, .lb-side .widget-textarea, .lb-side .widget-dropdown, .lb-side .widget-slider {
   width: 100%; margin: 0; }
 .lb-side select, .lb-side input, .lb-side textarea { border-radius: 4px !important; }
+.lb-side textarea { font-family: inherit !important; }
+/* JupyterLab's own arrow is dark in the dark theme too. */
+.lb-side select { background-image: linear-gradient(45deg, transparent 50%, var(--lb-soft) 50%),
+  linear-gradient(-45deg, transparent 50%, var(--lb-soft) 50%) !important; background-repeat: no-repeat !important;
+  background-position: right 13px center, right 8px center !important; background-size: 5px 5px !important; }
 .lb-message { color: var(--lb-soft); font-size: 12px; overflow-wrap: anywhere; }
 .lb-message.lb-bad { color: var(--jp-error-color1, #cf222e); }
 .lb-help { color: var(--lb-soft); font-size: 12px; display: flex; flex-wrap: wrap; gap: 4px 18px; }
@@ -150,7 +155,8 @@ def thumbnail(frame: np.ndarray, width: int) -> bytes:
     return jpeg(np.asarray(small), 85)
 
 
-def _data_uri(picture: bytes) -> str:
+def data_uri(picture: bytes) -> str:
+    """JPEG bytes as the address of a picture."""
     return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
@@ -238,7 +244,7 @@ def _still(still: Still) -> str:
     minutes, seconds = divmod(int(still.second), 60)
     alt = f"{still.second:.0f} s, keys {still.names or 'none'}"
     return (
-        f'<figure><img src="{_data_uri(still.jpeg)}" alt="{alt}" decoding="sync">'
+        f'<figure><img src="{data_uri(still.jpeg)}" alt="{alt}" decoding="sync">'
         f"<figcaption><span>{minutes}:{seconds:02d}</span><b>{still.names.upper()}</b></figcaption></figure>"
     )
 
@@ -246,7 +252,7 @@ def _still(still: Still) -> str:
 def scene_style(pictures: Sequence[np.ndarray]) -> str:
     """Backgrounds of the gallery's buttons, `.lb-scene-0`, `.lb-scene-1`, …"""
     rules = [
-        f".lb-scene-{index} {{ background-image: url({_data_uri(thumbnail(picture, 120))}) !important;"
+        f".lb-scene-{index} {{ background-image: url({data_uri(thumbnail(picture, 120))}) !important;"
         f" aspect-ratio: {picture.shape[1] / picture.shape[0]:.4f}; }}"
         for index, picture in enumerate(pictures)
     ]

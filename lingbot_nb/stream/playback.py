@@ -121,6 +121,14 @@ class Credit:
             self.acknowledged = max(self.acknowledged, min(number, self.sent))
             self._change.notify_all()
 
+    def asks(self, number: int) -> bool:
+        """Whether frame `number` should ask for an acknowledgement: when half the window is on its way without one.
+
+        Every answer costs the kernel, the server and the page three more messages than the picture itself.
+        """
+        with self._change:
+            return number - self.acknowledged >= max(1, self.window // 2)
+
     def wait(self) -> bool:
         """Wait for room; False when the viewer has been silent for `timeout` seconds."""
         with self._change:
@@ -128,12 +136,14 @@ class Credit:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Pixel frames u8 [n, H, W, 3] with the keys bool [n, 8] they were made under and when those were pressed."""
+class Part:
+    """Pixel frames u8 [n, H, W, 3] of a chunk with the keys bool [n, 8] they were made under; its first part also
+    tells when those were pressed."""
 
     frames: np.ndarray
     keys: np.ndarray
     epoch: int
+    begins: bool = True
     changed_at: float | None = None
 
 
@@ -155,10 +165,11 @@ class Playback:
     """Runs a session at `fps` pixel frames a second and hands every pixel frame to `show(number, frame)`.
 
     The session needs `generate(keys) -> u8 [n, H, W, 3]`, `finish()`, `reset()`, `first_frame`, `next_frames` (how many
-    pixel frames the next call makes) and `last_timings`. It is only ever touched by the model thread: use `request` to
-    change it. A session that can break while nothing is asked of it may have `check()`, which raises what is wrong and
-    is called twice a second. `show` runs in the presenter thread, as does `on_frame(frame, keys_8)`, called once per
-    new pixel frame.
+    pixel frames the next call makes) and `last_timings`; with `stream(keys)` it hands them out part by part, and the
+    first are shown while the others are made. It is only ever touched by the model thread: use `request` to change it.
+    A session that can break while nothing is asked of it may have `check()`, which raises what is wrong and is called
+    twice a second. `show` runs in the presenter thread, as does `on_frame(frame, keys_8)`, called once per new pixel
+    frame.
     `credit.acknowledge` must be called as frames arrive at the viewer (without a viewer pass a Credit nobody waits on).
     """
 
@@ -170,7 +181,7 @@ class Playback:
         self.credit = credit or Credit()
         self._show, self._on_frame = show, on_frame
         self._change = threading.Condition()
-        self._slot: Chunk | None = None
+        self._slot: deque[Part] = deque()
         self._commands: deque[Callable] = deque()
         self._script = np.zeros((0, len(KEYS)), bool)
         self._paused = self._stopped = self._absent = False
@@ -232,7 +243,7 @@ class Playback:
         with self._change:
             if restart:
                 self._epoch += 1
-                self._slot = None
+                self._slot.clear()
                 self._script = self._script[:0]
             self._commands.append((change, restart, self._epoch))
             self._failed, self._message = False, ""
@@ -250,6 +261,11 @@ class Playback:
             self._script = np.concatenate([self._script, rows])
             self._change.notify_all()
 
+    def asks(self, number: int) -> bool:
+        """Whether the viewer should acknowledge frame `number`: for the credit, or to learn a key's latency."""
+        marked = bool(self._marks) and self._marks[-1][0] == number
+        return marked or self.credit.asks(number)
+
     def acknowledge(self, number: int) -> None:
         """Pass on that the viewer holds frame `number`."""
         self.credit.acknowledge(number)
@@ -266,7 +282,7 @@ class Playback:
             fps=self._measured_fps() if self._state() == "playing" else 0.0,
             latency_ms=float(np.median(latencies)),
             latency_p95_ms=float(np.percentile(latencies, 95)),
-            waiting=self._left + (len(self._slot.frames) if self._slot else 0),
+            waiting=self._left + self._waiting(),
             chunk_ms=1000 * self._busy,
             timings=dict(getattr(self.session, "last_timings", {}) or {}),
             message=self._message,
@@ -305,8 +321,10 @@ class Playback:
                 self._look_after()
                 if self._commands:
                     return partial(self._run, *self._commands.popleft())
-                ready = not (self._paused or self._failed or self._absent or self._slot)
-                early = self._empty_at - self._lead() - time.monotonic()
+                unseen = any(part.begins for part in self._slot)
+                ready = not (self._paused or self._failed or self._absent or unseen)
+                empty_at = self._empty_at + self._waiting() * self._interval()
+                early = empty_at - self._lead() - time.monotonic()
                 if ready and early <= 0:
                     return partial(self._make_chunk, self._epoch)
                 self._change.wait(min(early, 0.5) if ready else 0.5)
@@ -334,13 +352,20 @@ class Playback:
     def _make_chunk(self, epoch: int) -> None:
         started = time.monotonic()
         keys, changed_at = self._read_keys()
-        frames = self.session.generate(keys)
-        made = time.monotonic()
-        self._offer(Chunk(frames, keys, epoch, changed_at))
+        at = 0
+        for frames in self._parts(keys):
+            if at == 0:
+                self._generate_times.append(time.monotonic() - started)
+            part = Part(frames, keys[at : at + len(frames)], epoch, at == 0, None if at else changed_at)
+            self._offer(part)
+            at += len(frames)
         self.session.finish()
-        self._generate_times.append(made - started)
         busy = time.monotonic() - started
         self._busy = busy if not self._busy else 0.8 * self._busy + 0.2 * busy
+
+    def _parts(self, keys: np.ndarray) -> Iterable[np.ndarray]:
+        stream = getattr(self.session, "stream", None)
+        return stream(keys) if stream else [self.session.generate(keys)]
 
     def _read_keys(self) -> tuple[np.ndarray, float | None]:
         count = self.session.next_frames
@@ -353,13 +378,17 @@ class Playback:
 
     def _offer_still(self, epoch: int) -> None:
         still = np.asarray(self.session.first_frame)[None]
-        self._offer(Chunk(still, np.zeros((1, len(KEYS)), bool), epoch))
+        self._offer(Part(still, np.zeros((1, len(KEYS)), bool), epoch))
 
-    def _offer(self, chunk: Chunk) -> None:
+    def _offer(self, part: Part) -> None:
         with self._change:
-            if chunk.epoch == self._epoch:
-                self._slot = chunk
+            if part.epoch == self._epoch:
+                self._slot.append(part)
                 self._change.notify_all()
+
+    def _waiting(self) -> int:
+        """Pixel frames that are made and not yet the presenter's."""
+        return sum(len(part.frames) for part in list(self._slot))
 
     def _fail(self, error: Exception) -> None:
         with self._change:
@@ -369,22 +398,22 @@ class Playback:
     # -- presenter thread -----------------------------------------------------------------------------------------
 
     def _presenter_thread(self) -> None:
-        while (chunk := self._take()) is not None:
-            for index, frame in enumerate(chunk.frames):
-                if not self._wait_to_show(chunk, index):
+        while (part := self._take()) is not None:
+            for index, frame in enumerate(part.frames):
+                if not self._wait_to_show(part, index):
                     break
-                self._present(chunk, index, frame)
+                self._present(part, index, frame)
             self._left = 0
 
-    def _take(self) -> Chunk | None:
+    def _take(self) -> Part | None:
         with self._change:
-            self._change.wait_for(lambda: self._slot is not None or self._stopped)
+            self._change.wait_for(lambda: self._slot or self._stopped)
             if self._stopped:
                 return None
-            chunk, self._slot = self._slot, None
-            self._plan(len(chunk.frames), time.monotonic())
+            part = self._slot.popleft()
+            self._plan(len(part.frames), time.monotonic())
             self._change.notify_all()
-            return chunk
+            return part
 
     def _interval(self) -> float:
         """Seconds between pixel frames: stretched when the model is slower than `fps`, so that motion stays even."""
@@ -394,13 +423,13 @@ class Playback:
         self._left = left
         self._empty_at = max(now, self._due) + left * (self._interval() + self._credit_wait)
 
-    def _wait_to_show(self, chunk: Chunk, index: int) -> bool:
-        """Wait for the frame's time, for play to go on and for the viewer; False when the chunk is out of date."""
+    def _wait_to_show(self, part: Part, index: int) -> bool:
+        """Wait for the frame's time, for play to go on and for the viewer; False when the part is out of date."""
         while True:
             with self._change:
-                if self._stopped or chunk.epoch != self._epoch:
+                if self._stopped or part.epoch != self._epoch:
                     return False
-                still = len(chunk.frames) == 1 and index == 0  # a restart is shown even while paused
+                still = len(part.frames) == 1 and index == 0  # a restart is shown even while paused
                 late = time.monotonic() - self._due
                 if (self._paused and not still) or late < 0:
                     self._change.wait(0.5 if late >= 0 else -late)
@@ -412,7 +441,7 @@ class Playback:
                 self._set_absent(False)
                 return True
             self._set_absent(True)
-            self._probe(chunk.frames[index] if self._last_frame is None else self._last_frame)
+            self._probe(part.frames[index] if self._last_frame is None else self._last_frame)
 
     def _set_absent(self, absent: bool) -> None:
         if absent != self._absent:
@@ -424,21 +453,21 @@ class Playback:
         """Send the old frame again: its acknowledgement tells that somebody is looking again."""
         self._guarded_show(self.credit.send(), frame)
 
-    def _present(self, chunk: Chunk, index: int, frame: np.ndarray) -> None:
+    def _present(self, part: Part, index: int, frame: np.ndarray) -> None:
         now = time.monotonic()
         number = self.credit.send()
-        if index == 0 and chunk.changed_at is not None:
-            self._marks.append((number, chunk.changed_at))
+        if index == 0 and part.changed_at is not None:
+            self._marks.append((number, part.changed_at))
         self._guarded_show(number, frame)
         self._last_frame = frame
         self._shown_at.append(now)
         with self._change:
             # After a stall the clock starts anew: catching up would show a burst of old frames.
             self._due = (self._due if now - self._due < 0.1 else now) + self._interval()
-            self._plan(len(chunk.frames) - index - 1, now)
+            self._plan(len(part.frames) - index - 1, now)
             self._change.notify_all()
         if self._on_frame:
-            self._on_frame(frame, chunk.keys[index])
+            self._on_frame(frame, part.keys[index])
 
     def _guarded_show(self, number: int, frame: np.ndarray) -> None:
         try:

@@ -31,6 +31,9 @@ ARROWS = {"ArrowUp": "w", "ArrowDown": "s", "ArrowLeft": "j", "ArrowRight": "l"}
 TICK = 0.5
 """Seconds between read-outs."""
 
+FEWEST_STEPS = 2
+"""What `play` may lower the steps to. The tiny world's student is as close to held-out walks with two as with four."""
+
 STILLS = 8
 """Pictures in the filmstrip, one a second."""
 
@@ -39,18 +42,21 @@ _current: "Player | None" = None
 
 def play(session, *, scenes: Sequence[np.ndarray] = (), prompts: Sequence[str] = (), script: str = "",
          title: str = "Live play", folder: str | Path = "recordings", fps: float | None = None,
-         window: int = 2, follow: "Newest | None" = None):  # fmt: skip
+         window: int = 6, follow: "Newest | None" = None):  # fmt: skip
     """Show the player of `session` and start it; a player that this kernel already runs is stopped first.
 
+    A session that can `tune` itself and has not yet does so, which takes about a second: dtype and threads, and fewer
+    steps where those asked for leave a page on the same machine no time to draw. The head and the slider show it.
     `scenes` are start images u8 [H, W, 3] or clips u8 [4n + 1, H, W, 3]; `prompts` fill the prompt menu; `script` is a
     key string played first; recordings go to `folder`; `window` is how many frames may be unacknowledged (more for a
     slow connection, at the price of latency); with `follow` the student is swapped for each new one that a run writes.
-    Returns the widget, whose `player` attribute is the `Player`. Raises RuntimeError without
-    ipywidgets and ipyevents.
+    Returns the widget, whose `player` attribute is the `Player`. Raises RuntimeError without ipywidgets and ipyevents.
     """
     global _current
     keys = parse_keys(script) if script else None  # a bad script is told before the running player is stopped
     stop()
+    if hasattr(session, "tune") and session.threads is None:
+        session.tune(fewest_steps=FEWEST_STEPS)
     _current = Player(
         session, scenes=scenes, prompts=prompts, title=title, folder=folder, fps=fps, window=window, follow=follow
     )
@@ -144,7 +150,7 @@ class Player:
 
     def __init__(self, session, *, scenes: Sequence[np.ndarray] = (), prompts: Sequence[str] = (),
                  title: str = "Live play", folder: str | Path = "recordings", fps: float | None = None,
-                 window: int = 2, follow: "Newest | None" = None):  # fmt: skip
+                 window: int = 6, follow: "Newest | None" = None):  # fmt: skip
         try:
             from lingbot_nb.stream.panel import Offer, Panel
         except ImportError as error:
@@ -174,7 +180,7 @@ class Player:
         self._stills: deque[look.Still] = deque(maxlen=STILLS)
         self._shown = 0
         self._step: int | None = None
-        self._hint = True
+        self._hint, self._shrunk = True, False
         self._html: dict[int, str] = {}
         self._recorder: Recorder | None = None
         self._recording, self._drawing = threading.Lock(), threading.Lock()
@@ -356,8 +362,7 @@ class Player:
     # -- what is shown --------------------------------------------------------------------------------------------
 
     def _show(self, number: int, frame: np.ndarray) -> None:
-        self.panel.picture.value = look.jpeg(frame)
-        self.panel.sent.value = number
+        self.panel.picture.show(look.jpeg(frame), number if self.playback.asks(number) else None)
 
     def _note(self, frame: np.ndarray, keys_8: np.ndarray) -> None:
         with self._recording:
@@ -394,6 +399,7 @@ class Player:
         about = self._about if self._step is None else f"{self._about} · step {self._step:,}"
         self._set(panel.header, look.header(self._title, about, state, self._recorder is not None))
         self._set(panel.statistics, look.statistics(now.fps, now.latency_ms, now.waiting, now.chunk_ms))
+        self._tell_shrunk()
         if not self._stills:
             self._show_strip()
         # The same text set twice sends nothing; the space makes the browser restart the note's clock (see look.veil).
@@ -401,6 +407,14 @@ class Player:
         if pulse is not None or words or state != getattr(self, "_veiled", None):
             self._veiled = state
             self._set(panel.veil, look.veil(state, words or now.message, self._hint) + (pulse or ""))
+
+    def _tell_shrunk(self) -> None:
+        """Show once that the session has shortened its window, because the GPU was full."""
+        shrunk = getattr(self.session, "shrunk", False)
+        if shrunk and not self._shrunk:
+            self.panel.window.value = self.session.window
+            self._say(f"The GPU was full: the window is now {self.session.window} frames.", bad=True)
+        self._shrunk = shrunk
 
     def _set(self, widget, value: str) -> None:
         if self._html.get(id(widget)) != value:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lingbot_nb.control.keys import KEYS, check_keys, held
 from lingbot_nb.distill.flow import FewStep, few_steps
 from lingbot_nb.distill.forcing import gaussian
 from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
+from lingbot_nb.model.dit import Film
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import from_uint8, to_uint8
 from lingbot_nb.presets import FPS, LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings, VideoShape
@@ -37,6 +39,11 @@ ACT, CAM, TINY = 7, 6, 10
 
 LONGEST_WINDOW, LONGEST_SINK = 21, 3
 """Latent frames that a session remembers, so that window and sink can be changed in mid-stream."""
+
+SPARE = 0.95
+"""Part of a chunk's playing time that may be spent on making it: the rest forgives a hiccup."""
+ROOM = 0.6
+"""The same with a page that draws the pictures on the same cores, which slows the model by a third."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,13 @@ class Session:
         first = next(dit.parameters())
         self.device = torch.device(device) if device else first.device
         self.dtype = dtype or first.dtype
-        self.dit = _placed(dit, self.device, self.dtype).eval()
+        self._set_dit(dit)
         self.vae = _placed(vae, self.device, None).eval()
         self.path = path or live_path(preset, self.device)
+        self.threads: int | None = None
+        self.shrinks = self.shrunk = False
+        """Whether to go on with the shortest window when the device is full, instead of raising RuntimeError; and
+        whether the present window came about so."""
         self.last_timings: dict[str, float] = {}
         self._decoder = self.vae.decoder_stream()
         self._cache = self._new_cache()
@@ -188,7 +199,8 @@ class Session:
         frames = "1 frame" if chunk == 1 else f"{chunk} frames"
         kind = str(self.dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float32", "fp32")
         size = f"{self.shape.width} × {self.shape.height}"
-        return f"{self.preset.name} · {size} · {frames} a chunk · {kind} on {self.device}"
+        threads = {None: "", 1: ", 1 thread"}.get(self.threads, f", {self.threads} threads")
+        return f"{self.preset.name} · {size} · {frames} a chunk · {kind} on {self.device}{threads}"
 
     @property
     def next_frames(self) -> int:
@@ -258,6 +270,7 @@ class Session:
                 f"{LONGEST_WINDOW} and {LONGEST_SINK} frames"
             )
         self.finish()
+        self.shrunk = False
         self.preset = replace(self.preset, stream=stream)
         self._rebuild()
         self._changes.append((self.pixel_frames, changes))
@@ -313,8 +326,12 @@ class Session:
     def use(self, dit) -> None:
         """Go on with another student of the same size: a new checkpoint, say. The cache stays."""
         self.finish()
-        self.dit = _placed(dit, self.device, self.dtype).eval()
+        self._set_dit(dit)
         self._set_prompt(self._prompt)
+
+    def _set_dit(self, dit) -> None:
+        self.dit = _placed(dit, self.device, self.dtype).eval()
+        self._filmed: tuple[Tensor, Film] | None = None
 
     def _set_prompt(self, prompt: str) -> None:
         with torch.no_grad():
@@ -325,6 +342,52 @@ class Session:
     def _set_steps(self, steps: int) -> None:
         self._schedule: list[FewStep] = few_steps(self.preset.flow.labels(steps), self.preset.flow.shift)
         self._steps = steps
+
+    # -- dtype and threads ----------------------------------------------------------------------------------------
+
+    def tune(self, seconds: float = 1.0, fewest_steps: int | None = None) -> "Choice | None":
+        """Choose dtype and `threads` by trying them for about `seconds`; the world goes on from where it stands.
+
+        On a CPU the fewest threads that play in real time win, for the page that shows the pictures wants a core too.
+        With `fewest_steps` the steps are lowered as well, at most to that, until a chunk leaves the page its time.
+        Elsewhere nothing is tried and None returned.
+        """
+        if self.device.type != "cpu":
+            return None
+        about = dict(start_image=self.start_image, prompt=self.prompt, seed=self.seed)
+
+        def trial(dtype: torch.dtype, steps: int) -> Callable[[], object]:
+            world = Session(self.preset, self.dit, self.vae, self.text, dtype=dtype, steps=steps, **about)
+            return partial(world.step, "w")
+
+        real_time = TIME_STRIDE * self.preset.stream.chunk / self.fps
+        choice = choose_dtype(partial(trial, steps=self.steps), seconds=seconds, enough=SPARE * real_time)
+        self._set_dtype(choice.dtype)
+        self.threads = choice.threads
+        if fewest_steps is not None and self.steps > fewest_steps:
+            one = partial(trial, steps=1)
+            short = choose_dtype(one, seconds=seconds / 4, dtypes=[choice.dtype], threads=[choice.threads])
+            times = [made.milliseconds[choice.dtype, choice.threads] / 1000 for made in (short, choice)]
+            steps = steps_within(ROOM * real_time, *times, self.steps)
+            if steps < self.steps:
+                self.steps = max(steps, fewest_steps)
+        return choice
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        if dtype != self.dtype:
+            state, self.dtype = self.state_dict(), dtype
+            self._set_dit(self.dit)
+            self.load_state_dict(state)
+
+    @contextmanager
+    def on_threads(self) -> Iterator[None]:
+        """Compute on `threads` threads, and leave torch as it was: other cells of the notebook may want all of them."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     # -- play -----------------------------------------------------------------------------------------------------
 
@@ -365,9 +428,17 @@ class Session:
 
     def _inputs(self, frames: int, control: Tensor | None, film=None) -> dict:
         """What every pass over the next `frames` frames is given."""
-        film = camera_of(self.dit, control) if film is None else film
+        film = self._film(control) if film is None else film
         condition = self._condition[:, :, self._condition_frames(self._cache.frames_seen, frames)]
         return dict(condition=condition, text=self._words, camera=film, cache=self._cache)
+
+    def _film(self, control: Tensor | None):
+        """What the layers take from the camera. While the keys stay as they are it is that of the chunk before."""
+        if control is None or self.device.type != "cpu":  # comparing would make the host wait for a GPU
+            return camera_of(self.dit, control)
+        if self._filmed is None or not torch.equal(self._filmed[0], control):
+            self._filmed = control, camera_of(self.dit, control)
+        return self._filmed[1]
 
     def step(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
         """One chunk: the pixel frames u8 [n, H, W, 3] that follow under `keys`, n = `next_frames`.
@@ -378,29 +449,81 @@ class Session:
         self.finish()
         return frames
 
-    @torch.no_grad()
     def generate(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
         """`step` without the clean pass, which `finish` (or the next `generate`) does."""
+        return np.concatenate(list(self.stream(keys)))
+
+    @torch.inference_mode()
+    def stream(self, keys: Iterable[str] | np.ndarray) -> Iterator[np.ndarray]:
+        """`generate`, handing out the pixel frames of each latent frame as soon as they are decoded.
+
+        A chunk counts as made when its last pixel frames have been taken.
+        """
         self.finish()
         rows = self._rows(keys)
         timings: dict[str, float] = {}
-        with self._timed(timings, "control"):
-            control = self._control(rows)
-            shared = self._inputs(self.preset.stream.chunk, control)
-        with self._timed(timings, "denoise"):
-            x0 = denoise_chunk(self.dit, self._noise(), self._schedule, renoise=self._renoise, **shared)
-        with self._timed(timings, "decode"):
-            frames = to_uint8(self._decoder.decode(x0))[0].cpu().numpy()
-        self._pending = lambda: self._write(_Written(x0, control), shared["camera"])
+        x0, frames, written = self._begin_chunk(rows, timings)
+        yield frames
+        for latent in x0.split(1, dim=2)[1:]:
+            frames = self._decode(latent, timings)
+            yield frames
+        self._pending = partial(self._write, *written)
         self._log.extend(rows.tobytes())
         self.last_frame, self.last_timings = frames[-1], timings
+
+    def _begin_chunk(self, rows: np.ndarray, timings: dict[str, float]):
+        """`_denoise` and the first latent frame decoded; where the device is full, once more with room made for it."""
+        path, noise = (self.path.frames, self.path.pitch), self._generator.get_state()
+        try:
+            return self._denoised(rows, timings)
+        except torch.OutOfMemoryError as error:
+            full = error.with_traceback(None)  # which would keep the failed chunk's tensors alive
+        self.path.frames, self.path.pitch = path
+        self._generator.set_state(noise)
+        self._make_room(full)
+        return self._denoised(rows, timings)
+
+    def _denoised(self, rows: np.ndarray, timings: dict[str, float]):
+        """x0 [1, 16, f, h, w], its first pixel frames, and what the clean pass will be given."""
+        with self.on_threads():
+            with self._timed(timings, "control"):
+                control = self._control(rows)
+                shared = self._inputs(self.preset.stream.chunk, control)
+            with self._timed(timings, "denoise"):
+                x0 = denoise_chunk(self.dit, self._noise(), self._schedule, renoise=self._renoise, **shared)
+        return x0, self._decode(x0[:, :, :1], timings), (_Written(x0, control), shared["camera"])
+
+    def _decode(self, latents: Tensor, timings: dict[str, float]) -> np.ndarray:
+        before = timings.get("decode", 0.0)
+        with self.on_threads(), self._timed(timings, "decode"):
+            frames = to_uint8(self._decoder.decode(latents))[0].cpu().numpy()
+        timings["decode"] += before
         return frames
 
+    def _make_room(self, full: torch.OutOfMemoryError) -> None:
+        """Shorten the window as far as it goes, or raise RuntimeError that says what would fit."""
+        shortest = self.preset.stream.sink + self.preset.stream.chunk
+        if self.window is None or self.window <= shortest:
+            raise RuntimeError(
+                f"{self.device} is full, and the window cannot be shorter than {self.window} frames: "
+                "use a smaller picture or model, or end what else runs there"
+            ) from full
+        freed = self._cache.occupancy().bytes * (1 - shortest / self.window) / 2**20
+        if not self.shrinks:
+            raise RuntimeError(
+                f"{self.device} is full: a window of {shortest} instead of {self.window} frames frees {freed:.0f} MiB, "
+                "set it with `session.window` or have it done with `session.shrinks = True`"
+            ) from full
+        self._cache = None  # the old one and the new one may not fit beside each other
+        self._set_stream(window=shortest)
+        self.shrunk = True
+
+    @torch.inference_mode()
     def finish(self) -> None:
         """The clean pass of the last chunk, if it is still to be done."""
         if self._pending is not None:
             timings = dict(self.last_timings)
-            with self._timed(timings, "clean pass"):
+            with self._timed(timings, "clean pass"), self.on_threads():
                 self._pending()
             self._pending, self.last_timings = None, timings
 
@@ -644,22 +767,18 @@ def _placed(module, device: torch.device, dtype: torch.dtype | None):
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest dtype and thread count, and the median milliseconds of everything tried, (dtype, threads) -> ms."""
+    """A dtype and a thread count, and the median milliseconds of everything tried, (dtype, threads) -> ms."""
 
     dtype: torch.dtype
     threads: int
     milliseconds: dict[tuple[torch.dtype, int], float] = field(default_factory=dict)
-
-    def apply(self) -> "Choice":
-        """Make torch use the chosen thread count."""
-        torch.set_num_threads(self.threads)
-        return self
 
 
 def choose_dtype(
     make: Callable[[torch.dtype], Callable[[], object]],
     *,
     seconds: float = 1.0,
+    enough: float = 0.0,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     threads: Sequence[int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -668,6 +787,7 @@ def choose_dtype(
 
     `make(dtype)` returns the thing to time, for example `lambda dtype: partial(Session(…, dtype=dtype).step, "w")`; its
     first call is not counted. By default one thread and as many as torch uses now are tried. fp32 wins a near tie (5%).
+    Where calls of at most `enough` seconds do, the fewest threads that keep to it are chosen instead.
     """
     now = torch.get_num_threads()
     counts = tuple(dict.fromkeys(threads or (1, now)))
@@ -681,9 +801,18 @@ def choose_dtype(
                 tried[dtype, count] = 1000 * _median_seconds(run, each, clock)
     finally:
         torch.set_num_threads(now)
+    keeping = [count for (_, count), milliseconds in tried.items() if milliseconds <= 1000 * enough]
+    allowed = [pair for pair in tried if not keeping or pair[1] == min(keeping)]
     handicap = {torch.float32: 1.0}
-    best = min(tried, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.05))
+    best = min(allowed, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.05))
     return Choice(*best, milliseconds=tried)
+
+
+def steps_within(budget: float, one: float, all_steps: float, steps: int) -> int:
+    """The most denoising steps, from 1 to `steps`, of a chunk that takes `one` seconds with one step and `all_steps`
+    with `steps`, so that it takes at most `budget` seconds; 1 where none does."""
+    each = (all_steps - one) / max(steps - 1, 1)
+    return max((count for count in range(1, steps + 1) if one + (count - 1) * each <= budget), default=1)
 
 
 def _median_seconds(run: Callable[[], object], budget: float, clock: Callable[[], float]) -> float:
