@@ -13,6 +13,7 @@ from lingbot_nb.presets import LINGBOT, MICRO
 from lingbot_nb.report import architecture, bench_stream
 from lingbot_nb.report.bench_stream import Clock, Loop, Rate, Screen
 from lingbot_nb.stream.engine import Plain, Speed
+from lingbot_nb.stream.engine_decoder import PlainPictures
 
 CPU = torch.device("cpu")
 STREAM = replace(MICRO.stream, chunk=2, window=5, image_first=False)
@@ -28,7 +29,7 @@ def small_decoder(monkeypatch):
 def loop(steps=2):
     dit = bench_stream.random_dit(PRESET.model, CPU, torch.float32)
     path = Plain(dit, PRESET.stream, PRESET.shape, bench_stream._schedule(PRESET, steps))
-    return Loop(path, Screen(TinyVAE(MICRO_VAE).eval(), CPU), PRESET, steps)
+    return Loop(path, Screen(PlainPictures(TinyVAE(MICRO_VAE).eval()), CPU), PRESET, steps)
 
 
 def test_every_chunk_ends_as_uint8_frames_on_the_host():
@@ -97,11 +98,11 @@ def test_floor_of_work_done_once_does_not_grow_with_the_forwards():
 
 def test_command_prints_rows_compares_and_writes_numbers_and_picture(small_decoder, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    words = "bench stream --preset micro --steps 2,1 --chunk 2 --window 5 --chunks 2 --plain-chunks 1 --no-compile"
+    words = "bench stream --preset micro --steps 2,1 --chunk 2 --window 5 --chunks 2 --plain-chunks 1 --dtype fp32"
     assert main([*words.split(), "--check", "4", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert [(row["name"], row["steps"]) for row in found["rows"]] == [("plain", 2), ("engine", 2), ("engine", 1)]
-    assert found["check"]["engine"] and max(found["check"]["engine"]) < 1e-5
+    assert found["check"]["engine"] and max(found["check"]["engine"]) < 1e-5 and max(found["layers"]) < 1e-5
     assert "chunk 2 · window 5 · sink 1" in found["conditions"] and len(found["rates"]) == 7
     assert out.with_suffix(".png").stat().st_size > 1000
     printed = capsys.readouterr().out

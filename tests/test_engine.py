@@ -1,5 +1,6 @@
 """The streaming engine against the plain path: the same frames, however it gets there."""
 
+import copy
 import random
 import warnings
 from dataclasses import replace
@@ -16,11 +17,14 @@ from lingbot_nb.model import fp8, fp8_attention
 from lingbot_nb.model.attention import attend_reference
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
+from lingbot_nb.model.fused import SigmoidGELU
 from lingbot_nb.model.graph import Compiler
 from lingbot_nb.model.kv_cache import KVCache
-from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.model.taehv import TAEHV
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, to_uint8
 from lingbot_nb.presets import LINGBOT, MICRO, StreamSettings
 from lingbot_nb.stream.engine import Engine, Plain, Speed, StreamingDiT, fast
+from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
 from lingbot_nb.stream.engine_memory import GIB, check_memory, needed
 from lingbot_nb.stream.session import Session
 
@@ -28,6 +32,15 @@ SHAPE = MICRO.shape
 STEPS = few_steps((1, 0.5), 3.0)
 SLOW = Speed(compile=False, graph=False, join=False)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only make threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class World:
@@ -274,6 +287,51 @@ def test_a_kernel_that_is_wrong_is_not_believed(monkeypatch):
         assert not usable(torch.device("cpu"), 128)
     monkeypatch.setattr(fp8_attention, "attend_fp8", emulated_attend)
     assert usable(torch.device("cpu"), 128)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def latents(frames, seed=0):
+    return torch.randn(1, 16, frames, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def taehv():
+    torch.manual_seed(2)
+    vae = TAEHV(widths=(24, 16, 8, 8), encoder_width=8).eval().requires_grad_(False)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def test_pictures_of_a_stream_are_the_plain_decoders(taehv):
+    plain, fast_pictures = PlainPictures(taehv), picture_stream(taehv)
+    assert isinstance(fast_pictures, PictureStream)
+    for _ in range(2):  # and again after a reset
+        for seed, frames in enumerate((1, 3, 3, 2)):
+            wanted, got = (stream(latents(frames, seed)) for stream in (plain, fast_pictures))
+            assert got.shape == wanted.shape and got.dtype == torch.uint8 and got.float().std() > 1
+            assert (got.int() - wanted.int()).abs().max() <= 1
+        plain.reset()
+        fast_pictures.reset()
+
+
+def test_other_decoders_are_used_as_they_are():
+    vae = TinyVAE(MICRO_VAE).eval()
+    assert torch.equal(picture_stream(vae)(latents(2)), to_uint8(vae.decode(latents(2)))[0])
+
+
+@GPU
+def test_recorded_pictures_are_the_plain_ones(taehv):
+    vae = copy.deepcopy(taehv).cuda()
+    plain, fast_pictures = PlainPictures(vae), picture_stream(vae)
+    for seed in range(5):
+        wanted, got = (stream(latents(3, seed).cuda()) for stream in (plain, fast_pictures))
+        assert (got.int() - wanted.int()).abs().max() <= 1
+
+
+def test_gelu_by_the_exponential_is_gelu():
+    x = torch.linspace(-12, 12, 1001)
+    torch.testing.assert_close(SigmoidGELU()(x), nn.functional.gelu(x, approximate="tanh"), atol=2e-6, rtol=1e-5)
 
 
 # -- in a session, in little memory ------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_the_first_part_of_a_chunk_is_shown_while_the_rest_is_made(running):
         for part in np.split(generate(keys), 3):
             yield part
             first = read_number(part[0])
-            viewer.wait(lambda frames, first=first: read_number(frames[-1]) >= first)
+            viewer.wait(lambda frames, first=first: read_number(frames[-1]) >= first or len(frames) > 40)
 
     session.stream = stream
     playback = running(session, viewer)
@@ -450,11 +450,13 @@ def test_a_session_is_tuned_once(one_player):
         threads, tuned = None, 0
 
         def tune(self, fewest_steps):
-            self.threads, self.tuned = 1, self.tuned + 1
+            self.threads, self.tuned, self.steps = 1, self.tuned + 1, fewest_steps
 
     session = Tunable()
-    play(session), play(session)
+    first, second = play(session).player, play(session).player
     assert session.tuned == 1
+    assert "2 steps instead of 4" in first.panel.message.value and not second.panel.message.value
+    assert first.panel.steps.value == second.panel.steps.value == 2
 
 
 def test_a_window_that_the_session_shortened_is_told_once(one_player):

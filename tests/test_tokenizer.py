@@ -263,6 +263,16 @@ def test_both_stages_learn_and_leave_a_calibrated_average():
     assert all(parameter.requires_grad for parameter in vae.parameters())
 
 
+def test_training_on_leaves_latents_where_they_were_if_asked():
+    """A few windows' statistics in place of thousands' would move the latents under the networks that live in them."""
+    kept, moved = micro_vae(), micro_vae()
+    before = kept.latent_mean.clone(), kept.latent_std.clone()
+    list(train(kept, steps=2, calibrate=False))
+    list(train(moved, steps=2))
+    assert torch.equal(kept.latent_mean, before[0]) and torch.equal(kept.latent_std, before[1])
+    assert not torch.equal(moved.latent_mean, before[0])
+
+
 def test_texture_stage_moves_the_decoder_only():
     vae = micro_vae()
     watched = {}

@@ -399,13 +399,16 @@ def train_tokenizer(
     checkpoint: Path | None = None,
     checkpoint_every: int = 1000,
     compile: bool = False,
+    calibrate: bool = True,
 ) -> Iterator[dict]:
     """Train `vae` in place, yielding JSON-able metrics every `report_every` steps and at the end.
 
     `batches` yields uint8 windows [B, 4n + 1, H, W, 3] on the VAE's device; `held_out` is one more such batch, for PSNR
     and sharpness of the averaged weights. The length is `steps` or `seconds` (exactly one). When the generator ends,
-    `vae` holds the averaged weights, calibrated. With `checkpoint`, everything is kept there every `checkpoint_every`
-    steps and a second call goes on from it; for the same draws again, hand the sampler's `generator` over too.
+    `vae` holds the averaged weights, calibrated; `calibrate=False` keeps the latents' mean and deviation as they were,
+    for a tokenizer in whose latents networks live already. With `checkpoint`, everything is kept there every
+    `checkpoint_every` steps and a second call goes on from it; for the same draws again, hand the sampler's `generator`
+    over too.
 
     Raises ValueError for two lengths or none, or a checkpoint of other settings; RuntimeError when a loss blows up.
     """
@@ -425,7 +428,7 @@ def train_tokenizer(
             yield _report(state, meter, fraction, held_out)
         if checkpoint is not None and state.step % checkpoint_every == 0:
             _keep(state.state(), Path(checkpoint))
-    _finish(state, batches)
+    _finish(state, batches, calibrate)
     if checkpoint is not None:
         _keep(state.state(), Path(checkpoint))
     yield _report(state, meter, 1.0, held_out)
@@ -480,10 +483,11 @@ def evaluate_tokenizer(vae: TinyVAE, frames_BNHW3: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _finish(state: _Training, batches: Iterator[Tensor]) -> None:
-    """Leave the averaged weights in the VAE, with latents of unit variance over a few hundred windows."""
-    seen = [state.average.encode(from_uint8(batch)) for batch in itertools.islice(batches, CALIBRATION_BATCHES)]
-    state.average.calibrate(torch.cat(seen))
+def _finish(state: _Training, batches: Iterator[Tensor], calibrate: bool) -> None:
+    """Leave the averaged weights in the VAE, with latents of unit variance over a few hundred windows if wanted."""
+    if calibrate:
+        seen = [state.average.encode(from_uint8(batch)) for batch in itertools.islice(batches, CALIBRATION_BATCHES)]
+        state.average.calibrate(torch.cat(seen))
     state.vae.load_state_dict(state.average.state_dict())
     state.vae.encoder.requires_grad_(True)
 

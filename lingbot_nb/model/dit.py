@@ -102,10 +102,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: self-attention, camera, text, feed-forward. `attend` is the call that attention goes
-    through, for those who need it in another form."""
+    """One transformer layer: self-attention, camera, text, feed-forward. `attend_text` is the call that reads the text,
+    for those who need it in another form."""
 
-    attend = staticmethod(attend)
+    attend_text = staticmethod(attend)
 
     def __init__(self, size: ModelSize, **kwargs):
         super().__init__()
@@ -153,7 +153,7 @@ class Layer(nn.Module):
 
     def _read(self, x: Tensor, text) -> Tensor:
         k, v = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
-        return self.cross_attn.out(self.attend(self.cross_attn.queries(x), *_batched(k, v, len(x))))
+        return self.cross_attn.out(self.attend_text(self.cross_attn.queries(x), *_batched(k, v, len(x))))
 
     def forward(self, x: Tensor, time_BF6D: Tensor, rope: RopeTable | None, text, camera, mask, kv=None) -> Tensor:
         """x [B, L, D] fp32 -> the same. `kv`, a cache and this layer's number in it, replaces `rope`."""
@@ -164,7 +164,7 @@ class Layer(nn.Module):
         else:
             cache, index = kv
             q, k, v = cache.update(index, q, k, v)
-        return self.after(x, self.attend(q, k, v, mask), tuple(gates), text, camera)
+        return self.after(x, attend(q, k, v, mask), tuple(gates), text, camera)
 
 
 def _batched(k: Tensor, v: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """Work that is prepared once and repeated: CUDA graphs and compiled functions that fall back to the plain call."""
 
+import os
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ class Compiler:
     """
 
     def __init__(self, backend: str | Callable = "inductor"):
+        # The default is a temporary folder: a machine that starts anew would compile anew.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lingbot_nb" / "inductor"))
         # Every chunk length, picture size and number format is a compilation of its own.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.failed = False

@@ -66,8 +66,8 @@ def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
 
 
 class Place(NamedTuple):
-    """One layer's buffers of keys and values [B, tokens that fit, N, D], the rows of them that are a chunk's, int64
-    [L], and the chunk's angles."""
+    """One layer's buffers of keys and values [B, tokens that fit, N, D] (8-bit ones as bytes: a compiler that had to
+    look at a buffer as bytes would copy all of it), the rows of them that are a chunk's, int64 [L], and its angles."""
 
     keys: Tensor
     values: Tensor
@@ -76,9 +76,9 @@ class Place(NamedTuple):
 
 
 def put(place: Place, turned_k: Tensor, v: Tensor) -> None:
-    """Write a chunk's turned keys and its values [B, L, N, D] where they belong."""
+    """Write a chunk's turned keys and its values [B, L, N, D] where they belong: for a cache of 8 bits, 8-bit ones."""
     for buffer, x in ((place.keys, turned_k), (place.values, v)):
-        bits(buffer).index_copy_(1, place.slots, bits(x.to(buffer.dtype)))
+        buffer.index_copy_(1, place.slots, bits(x) if buffer.dtype == torch.uint8 else x.to(buffer.dtype))
 
 
 def bits(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Sight:
 
     def place(self, layer: int) -> Place:
         """Where the chunk's keys and values of a layer belong: for callers that `put` them there themselves."""
-        return Place(*self.cache.buffers(layer), self.slots, self.table)
+        return Place(*map(bits, self.cache.buffers(layer)), self.slots, self.table)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of all frames in sight: see `KVCache.update`."""

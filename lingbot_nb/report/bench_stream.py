@@ -32,7 +32,7 @@ from lingbot_nb.model.fp8 import E4M3, product_for, scaled_product
 from lingbot_nb.model.fused import USUAL, Format, FusedDiT, as_it_is
 from lingbot_nb.model.rope import rope_table
 from lingbot_nb.model.taehv import TAEHV
-from lingbot_nb.model.vae import TinyVAE, to_uint8
+from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.presets import (
     FPS,
     LATENT_CHANNELS,
@@ -45,10 +45,11 @@ from lingbot_nb.presets import (
     VideoShape,
 )
 from lingbot_nb.report.bench import synchroniser
-from lingbot_nb.stream.engine import Engine, Plain, Speed, fast
+from lingbot_nb.stream.engine import SMALL, Engine, Plain, Speed, fast
+from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
 from lingbot_nb.stream.engine_memory import check_memory
 from lingbot_nb.stream.engine_parallel import HeadShare
-from lingbot_nb.stream.session import TINY, live_path
+from lingbot_nb.stream.session import TINY, choose_dtype, live_path
 
 Say = Callable[[str], None]
 
@@ -129,15 +130,15 @@ class Clock:
 class Screen:
     """Latents to uint8 pixel frames on the host; on a GPU beside the main stream, so that it overlaps what follows."""
 
-    def __init__(self, decoder: nn.Module, device: torch.device):
+    def __init__(self, pictures: PictureStream | PlainPictures, device: torch.device):
         self._shown = parallel.place()[0] == 0
-        self._stream = decoder.decoder_stream()
+        self._pictures = pictures
         self._gpu = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self._gpu else None
         self.clock = Clock(device)
 
     def reset(self) -> None:
-        self._stream.reset()
+        self._pictures.reset()
         self.clock.clear()
 
     def show(self, x0: Tensor) -> Callable[[], np.ndarray]:
@@ -146,7 +147,7 @@ class Screen:
         if not self._shown:
             return lambda: None
         if not self._gpu:
-            frames = self._decoded(x0).numpy()
+            frames = self._decoded(x0).numpy().copy()
             return lambda: frames
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
@@ -166,7 +167,7 @@ class Screen:
     @torch.no_grad()
     def _decoded(self, x0: Tensor) -> Tensor:
         self.clock("begin")
-        frames = to_uint8(self._stream.decode(x0))[0]
+        frames = self._pictures(x0)
         self.clock("decode")
         return frames
 
@@ -445,7 +446,8 @@ def run(
     # The plain path needs the network as it is. Without it no more is ever held than what the engine runs on.
     whole = bool(order.plain_chunks or order.check or device.type == "cpu")
     dit = random_dit(preset.model, device, dtype) if whole else DiT(preset.model, device="meta")
-    screen = Screen(random_decoder(preset, device, dtype), device)
+    decoder = random_decoder(preset, device, dtype)
+    screen = Screen(picture_stream(decoder, graph=order.speed.graph), device)
     weights = sum(p.numel() for p in dit.parameters())
     said = _conditions(preset, device, dtype)
     say(f"{said}\n{weights / 1e9:.2f} B parameters after {time.perf_counter() - began:.1f} s")
@@ -474,7 +476,15 @@ def run(
         return floor_ms([*linears, *attentions], preset.model.layers, steps + order.clean_pass) / parallel.place()[1]
 
     if order.plain_chunks:
-        keep(_plain_row(dit, screen, order, order.steps[0], floor(plain, order.steps[0]) * parallel.place()[1]))
+        keep(
+            _plain_row(
+                dit,
+                Screen(PlainPictures(decoder), device),
+                order,
+                order.steps[0],
+                floor(plain, order.steps[0]) * parallel.place()[1],
+            )
+        )
         _release()
     to = as_it_is if whole else made_up(device, dtype)
     net = fast(dit, order.speed, share=HeadShare.here(), to=to)
@@ -687,10 +697,8 @@ def _preset(options: argparse.Namespace) -> Preset:
 def command(options: argparse.Namespace) -> int:
     """`python -m lingbot_nb bench stream`."""
     rank, _, device = parallel.start()
-    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    dtype = kinds[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    order = order_of(options)
-    first = rank == 0
+    order, first = order_of(options), rank == 0
+    dtype = _KINDS[options.dtype] if options.dtype else _fastest_dtype(order, device)
     found = run(
         order,
         device,
@@ -703,8 +711,28 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
+_KINDS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def _silent(what: object) -> None:
     pass
+
+
+def _fastest_dtype(order: Order, device: torch.device) -> torch.dtype:
+    """bf16 on a GPU. On a CPU what a probe of a few seconds finds, and with it the number of threads to use."""
+    if device.type == "cuda":
+        return torch.bfloat16
+
+    def make(dtype: torch.dtype) -> Callable[[], object]:
+        net = fast(random_dit(order.preset.model, device, dtype), SMALL)
+        screen = Screen(PlainPictures(random_decoder(order.preset, device, dtype)), device)
+        return Loop(_engine(net, order, 1), screen, order.preset, 1).step
+
+    choice = choose_dtype(make, seconds=2.0)
+    torch.set_num_threads(choice.threads)
+    tried = ", ".join(f"{kind} with {threads}: {ms:.0f}" for (kind, threads), ms in choice.milliseconds.items())
+    print(f"ms a chunk of one step, by dtype and threads: {tried}".replace("torch.", ""), flush=True)
+    return choice.dtype
 
 
 def draw(found: dict, path: Path) -> Path:

@@ -98,13 +98,14 @@ def bench_endless(options: argparse.Namespace) -> int:
     run = open_run(options.run)
     session = tuned(live_session(run, options.student, chunk=options.chunk, steps=options.steps, seed=options.seed))
     pixel_frames = round(60 * options.minutes * session.fps)
+    said = _conditions(session, steps=options.steps, chunk=options.chunk)
     stretches = []
     for stretch in endless.play_on(session, endless.wander(options.seed), pixel_frames):
         stretches.append(stretch)
         print(f"\r{stretch.second / 60:.1f} of {options.minutes:g} min", end="", file=sys.stderr, flush=True)
+        # Every time, so that a run which is stopped leaves what it has seen.
+        runs.write_json(run.path("endless.json"), {"conditions": said, "stretches": [asdict(s) for s in stretches]})
     print(file=sys.stderr)
-    said = _conditions(session, steps=options.steps, chunk=options.chunk)
-    runs.write_json(run.path("endless.json"), {"conditions": said, "stretches": [asdict(s) for s in stretches]})
     picture = endless.draw(stretches, run.figures / "endless.png", title=f"{options.minutes:g} minutes of play")
     print(text_table(endless.summary(stretches)))
     print(f"\n{said}\npicture: {picture}")

@@ -22,7 +22,17 @@ from lingbot_nb.model.attention import Attend
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import quantise_layer
 from lingbot_nb.model.fp8_attention import attend_fp8, emulated_attend, usable
-from lingbot_nb.model.fused import ALONE, Alone, FusedDiT, Given, Moment, as_it_is, eight_bits, join_projections
+from lingbot_nb.model.fused import (
+    ALONE,
+    Alone,
+    FusedDiT,
+    Given,
+    Moment,
+    as_it_is,
+    eight_bits,
+    exponential_gelu,
+    join_projections,
+)
 from lingbot_nb.model.graph import Compile, Compiler, Recorder
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, SPACE_STRIDE, StreamSettings, VideoShape
@@ -88,7 +98,12 @@ def fast(
     """
     device = to(dit.head.modulation.detach()).device
     on_cpu = device.type == "cpu"
-    wanted = {join_projections: speed.join, quantise_layer: speed.fp8, lay_rows_inside: speed.join and on_cpu}
+    wanted = {
+        join_projections: speed.join,
+        quantise_layer: speed.fp8,
+        exponential_gelu: speed.compile,
+        lay_rows_inside: speed.join and on_cpu,
+    }
     prepare = [change for change, wished in wanted.items() if wished]
     compile = (compile or Compiler()) if speed.compile else as_it_is
     if speed.fp8_attention and (attend := _attend_in_fp8(device, dit.size.head_dim)):

@@ -55,11 +55,16 @@ def play(session, *, scenes: Sequence[np.ndarray] = (), prompts: Sequence[str] =
     global _current
     keys = parse_keys(script) if script else None  # a bad script is told before the running player is stopped
     stop()
+    asked = session.steps
     if hasattr(session, "tune") and session.threads is None:
         session.tune(fewest_steps=FEWEST_STEPS)
     _current = Player(
         session, scenes=scenes, prompts=prompts, title=title, folder=folder, fps=fps, window=window, follow=follow
     )
+    if session.steps < asked:
+        _current.say(
+            f"{session.steps} steps instead of {asked}, for an even pace on this machine; the slider takes more."
+        )
     if keys is not None:
         _current.playback.play_keys(keys)
     _current.start()
@@ -299,7 +304,7 @@ class Player:
     def _follow(self, newest: "Newest") -> "Follower":
         from lingbot_nb.stream.follow import Follower
 
-        return Follower(newest, self._take, partial(self._say, bad=True))
+        return Follower(newest, self._take, partial(self.say, bad=True))
 
     def _take(self, student: "Student") -> None:
         """Have the next chunk made by another student, and tell its training step."""
@@ -322,9 +327,9 @@ class Player:
             rows = parse_keys(text)
             self.playback.play_keys(rows)
             self.panel.script.value = ""
-            self._say(f"Playing {len(rows) / self.fps:.1f} s of keys.")
+            self.say(f"Playing {len(rows) / self.fps:.1f} s of keys.")
         except ValueError as error:
-            self._say(str(error), bad=True)
+            self.say(str(error), bad=True)
 
     # -- recording ------------------------------------------------------------------------------------------------
 
@@ -339,9 +344,9 @@ class Player:
         try:
             with self._recording:
                 self._recorder = Recorder(self.folder / f"play_{name}.mp4", self.fps, scale=scale, **facts)
-            self._say("Recording …")
+            self.say("Recording …")
         except (RuntimeError, OSError) as error:
-            self._say(str(error), bad=True)
+            self.say(str(error), bad=True)
         self.panel.show_recording(self._recorder is not None)
         self._refresh()
 
@@ -354,9 +359,9 @@ class Player:
                 path = recorder.close()
                 if hasattr(self.session, "recording"):  # all play since the last reset: keys, poses, start image
                     self.session.recording().save(path.with_suffix(".safetensors"))
-                self._say(f"Saved {path} ({recorder.pixel_frames / self.fps:.1f} s) and its keys.")
+                self.say(f"Saved {path} ({recorder.pixel_frames / self.fps:.1f} s) and its keys.")
             except (ValueError, OSError) as error:
-                self._say(str(error), bad=True)
+                self.say(str(error), bad=True)
         self.panel.show_recording(False)
 
     # -- what is shown --------------------------------------------------------------------------------------------
@@ -382,7 +387,8 @@ class Player:
         with self._drawing:  # two threads draw the caps: the one with the older keys must not come last
             self._set(self.panel.caps, look.key_caps(self.held.names(), self.keys))
 
-    def _say(self, text: str, bad: bool = False) -> None:
+    def say(self, text: str, bad: bool = False) -> None:
+        """One line of news under the controls."""
         self._set(self.panel.message, look.message(text, bad) if text else "")
 
     def _tick_forever(self) -> None:
@@ -413,7 +419,7 @@ class Player:
         shrunk = getattr(self.session, "shrunk", False)
         if shrunk and not self._shrunk:
             self.panel.window.value = self.session.window
-            self._say(f"The GPU was full: the window is now {self.session.window} frames.", bad=True)
+            self.say(f"The GPU was full: the window is now {self.session.window} frames.", bad=True)
         self._shrunk = shrunk
 
     def _set(self, widget, value: str) -> None:

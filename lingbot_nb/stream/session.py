@@ -275,7 +275,7 @@ class Session:
         self._rebuild()
         self._changes.append((self.pixel_frames, changes))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _rebuild(self) -> None:
         """A cache of the present window and sink, filled by clean passes over the chunks it can see.
 
@@ -408,7 +408,7 @@ class Session:
         """Whether the start is written to the cache: a clip always, a picture where it is a chunk of its own."""
         return self.preset.stream.image_first or len(self._start) > 1
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _prime(self) -> np.ndarray:
         """Write the start to the cache, chunk by chunk; returns its last pixel frame as the decoder sees it."""
         control = self._control(self._start_keys)
