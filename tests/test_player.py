@@ -232,7 +232,8 @@ def test_the_first_part_of_a_chunk_is_shown_while_the_rest_is_made(running):
     session.stream = stream
     playback = running(session, viewer)
     viewer.wait(lambda frames: len(frames) > 40)
-    assert viewer.numbers == list(range(len(viewer.numbers)))
+    numbers = viewer.numbers
+    assert numbers == list(range(len(numbers)))
     assert playback.read_out().state == "playing"
 
 

@@ -767,7 +767,7 @@ def _placed(module, device: torch.device, dtype: torch.dtype | None):
 
 @dataclass(frozen=True)
 class Choice:
-    """A dtype and a thread count, and the median milliseconds of everything tried, (dtype, threads) -> ms."""
+    """A dtype and a thread count, and the least milliseconds of everything tried, (dtype, threads) -> ms."""
 
     dtype: torch.dtype
     threads: int
@@ -786,25 +786,29 @@ def choose_dtype(
     """Try every dtype and thread count for about `seconds` in all and choose the fastest.
 
     `make(dtype)` returns the thing to time, for example `lambda dtype: partial(Session(…, dtype=dtype).step, "w")`; its
-    first call is not counted. By default one thread and as many as torch uses now are tried. fp32 wins a near tie (5%).
-    Where calls of at most `enough` seconds do, the fewest threads that keep to it are chosen instead.
+    first call is not counted, and of the others the quickest counts: what else the machine does only makes a call
+    longer. By default one thread and as many as torch uses now are tried. fp32 wins unless another is a fifth quicker.
+    Where calls of at most `enough` seconds do, the fewest threads that keep to it are chosen, and no more are tried.
     """
     now = torch.get_num_threads()
-    counts = tuple(dict.fromkeys(threads or (1, now)))
+    counts = sorted(set(threads or (1, now)))
     each = seconds / (len(dtypes) * len(counts))
+    runs = {dtype: make(dtype) for dtype in dtypes}
     tried: dict[tuple[torch.dtype, int], float] = {}
+    keeping: list[int] = []
     try:
-        for dtype in dtypes:
-            run = make(dtype)
-            for count in counts:
-                torch.set_num_threads(count)
-                tried[dtype, count] = 1000 * _median_seconds(run, each, clock)
+        for count in counts:
+            torch.set_num_threads(count)
+            for dtype, run in runs.items():
+                tried[dtype, count] = 1000 * _least_seconds(run, each, clock)
+            keeping = [count for (_, count), milliseconds in tried.items() if milliseconds <= 1000 * enough]
+            if keeping:  # more threads would wait for cores that others have, for seconds a call
+                break
     finally:
         torch.set_num_threads(now)
-    keeping = [count for (_, count), milliseconds in tried.items() if milliseconds <= 1000 * enough]
     allowed = [pair for pair in tried if not keeping or pair[1] == min(keeping)]
     handicap = {torch.float32: 1.0}
-    best = min(allowed, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.05))
+    best = min(allowed, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.25))
     return Choice(*best, milliseconds=tried)
 
 
@@ -815,14 +819,14 @@ def steps_within(budget: float, one: float, all_steps: float, steps: int) -> int
     return max((count for count in range(1, steps + 1) if one + (count - 1) * each <= budget), default=1)
 
 
-def _median_seconds(run: Callable[[], object], budget: float, clock: Callable[[], float]) -> float:
+def _least_seconds(run: Callable[[], object], budget: float, clock: Callable[[], float]) -> float:
     run()
     began, times = clock(), []
     while not times or clock() - began < budget:
         started = clock()
         run()
         times.append(clock() - started)
-    return float(np.median(times))
+    return min(times)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
