@@ -82,6 +82,30 @@ def test_training_with_the_last_exit_is_inference_bit_for_bit(settings):
     torch.testing.assert_close(streamed, played, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", [GradCache, KVCache])
+def test_a_walk_that_ends_saves_its_last_clean_pass_and_nothing_else(cache):
+    dit, caches, calls = random_dit(), [], []
+
+    class Counting(cache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            caches.append(self)
+
+    def counting(x, t, **inputs):
+        calls.append(t[0].item())
+        return dit(x, t, **inputs)
+
+    counting.camera_tokens, counting.film = dit.camera_tokens, dit.film
+    with torch.no_grad():
+        kept, left = (
+            list(play(dit, cache=Counting, model=counting, write_last=write_last)) for write_last in (True, False)
+        )
+    assert torch.equal(torch.cat(kept, 2), torch.cat(left, 2))
+    frames = sum(chunk.shape[2] for chunk in kept)
+    assert [made.frames_seen for made in caches] == [frames, frames - kept[-1].shape[2]]
+    assert calls.count(0.0) == 2 * len(kept) - 1
+
+
 def test_start_is_written_and_yielded_as_it_is():
     dit, batch = random_dit(), random_batch()
     with torch.no_grad():

@@ -118,13 +118,15 @@ def next_chunk(
     exit_step: int | None = None,
     grad: bool = False,
     checkpoint: bool = False,
+    write: bool = True,
 ) -> Tensor:
-    """Denoises one chunk under its own `conditions`, writes it clean to the cache and returns x0."""
+    """Denoises one chunk under its own `conditions`, writes it clean to the cache if `write`, and returns x0."""
     camera = camera_of(model, conditions.control_BCFHW, grad=grad)
     shared = dict(condition=conditions.condition_BCFHW, text=conditions.text, cache=cache)
     options = dict(renoise=renoise, exit_step=exit_step, grad=grad, checkpoint=checkpoint)
     x0 = denoise_chunk(model, noise, steps, camera=camera, **shared, **options)
-    write_clean(model, x0, camera=camera, **shared)
+    if write:
+        write_clean(model, x0, camera=camera, **shared)
     return x0
 
 
@@ -148,6 +150,7 @@ def rollout(
     exit_step: int | None = None,
     grad_from: int = 0,
     checkpoint: bool = False,
+    write_last: bool = True,
 ) -> Iterator[Tensor]:
     """Yields the clean chunks of a clip, B C f h w each, in order; concatenated along frames they are the clip.
 
@@ -155,7 +158,8 @@ def rollout(
     the same F frames; `start` known clean latents that fill whole leading chunks (the image latent when
     `settings.image_first`): written to the cache and yielded as they are. `exit_step` is shared by all chunks. Gradient
     flows where the caller has it enabled, from the chunk at frame `grad_from` on; the cache holds detached entries, so
-    that no chunk's gradient reaches an earlier one.
+    that no chunk's gradient reaches an earlier one. Without `write_last` the last chunk is not written to the cache:
+    where the walk ends there, that saves a forward and a clip's keys and values.
 
     Raises ValueError when conditions, start and noise do not fit together.
     """
@@ -178,6 +182,7 @@ def rollout(
                 exit_step=exit_step,
                 grad=torch.is_grad_enabled() and first >= grad_from,
                 checkpoint=checkpoint,
+                write=write_last or first + length < noise.shape[2],
             )
         yield x0
         first += length

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lingbot_nb.distill import dmd, forcing, parallel, trajectories
+from lingbot_nb.distill import dmd, forcing, gan, parallel, trajectories
 from lingbot_nb.distill.consistency import consistency
 from lingbot_nb.distill.flow import FewStep
 from lingbot_nb.distill.forcing import Info, Velocity, frame_t, given_clean
@@ -296,7 +296,19 @@ class Store:
     load: Callable[[Path, TrainState], None]
 
 
-FILES = Store(_save_once, checkpoints, load_checkpoint)
+def _found_files(folder: Path | str) -> list[Path]:
+    """`checkpoints`; ValueError where those of a sharded network lie in their place: a run that began afresh beside
+    them would end by being taken for them."""
+    whole = checkpoints(folder)
+    if not whole and (others := sorted(Path(folder).glob("step-*/card.json"))):
+        raise ValueError(
+            f"{others[-1].parent} is a checkpoint of a sharded network: pass fit store=sharded.SHARDS, or use another "
+            "folder"
+        )
+    return whole
+
+
+FILES = Store(_save_once, _found_files, load_checkpoint)
 """One file a checkpoint, written by rank 0."""
 
 
@@ -1009,14 +1021,15 @@ MakeCache = Callable[[Batch], Any]
 
 
 class MakeClip(Protocol):
-    """A source of the student's clips B C F h w, with gradient where the caller has it enabled."""
+    """A source of the student's clips B C F h w, with gradient where the caller has it enabled, each beside the batch
+    that says what it shows: the one it was made from, or that of the part of it which is handed out (`long`)."""
 
     def draw(self, generator: torch.Generator) -> int:
         """What the host must know before the next clip is made, the same on all ranks: clips of one draw run the same
         operations, which is what makes them fit for a recording."""
 
-    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
-        """A clip; `drawn` is `draw`'s, drawn here where it is None."""
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> tuple[Batch, Tensor]:
+        """A clip and its batch; `drawn` is `draw`'s, drawn here where it is None."""
 
 
 Match = Callable[..., tuple[Tensor, Info]]
@@ -1042,7 +1055,7 @@ class OwnRollout:
         """The exit step."""
         return draw_exit(self.steps, generator)
 
-    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> tuple[Batch, Tensor]:
         known = known_frames(self.settings)
         chunks = rollout(
             self.student,
@@ -1056,8 +1069,9 @@ class OwnRollout:
             exit_step=self.draw(generator) if drawn is None else drawn,
             grad_from=self.grad_from,
             checkpoint=self.checkpoint,
+            write_last=False,
         )
-        return torch.cat(list(chunks), 2)
+        return batch, torch.cat(list(chunks), 2)
 
 
 @dataclass(frozen=True)
@@ -1073,34 +1087,45 @@ class NoisyHistory:
         """Nothing: all clips run the same operations."""
         return 0
 
-    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> tuple[Batch, Tensor]:
         velocity = bind_causal(self.student, batch, self.settings, checkpoint=self.checkpoint)
         lengths = self.settings.chunk_lengths(batch.latents.shape[2])
         sigmas = [step.sigma for step in self.steps]
         known = known_frames(self.settings)
-        return dmd.noisy_history_clip(velocity, batch.latents, sigmas, lengths, generator=generator, known=known)
+        clip = dmd.noisy_history_clip(velocity, batch.latents, sigmas, lengths, generator=generator, known=known)
+        return batch, clip
 
 
 class LastClips:
-    """The student's last clips and their batch, kept in the same tensors, so that a recording may read them."""
+    """The student's last clips and their batches, kept in the same tensors, so that a recording may read them.
 
-    def __init__(self):
-        self._kept: tuple[Batch, Tensor] | None = None
+    `slots` of them, one for each of an update's accumulated losses: they are filled and read in turn, so that the
+    critic meets all clips of the student's update and not the last one several times.
+    """
+
+    def __init__(self, slots: int = 1):
+        self._kept: list[tuple[Batch, Tensor] | None] = [None] * slots
+        self._filled = self._read = 0
 
     def __bool__(self) -> bool:
-        return self._kept is not None
+        return None not in self._kept
 
     def get(self) -> tuple[Batch, Tensor]:
-        return self._kept
+        """The next slot's."""
+        self._read += 1
+        return self._kept[(self._read - 1) % len(self._kept)]
 
     @torch.no_grad()
     def put(self, batch: Batch, clips: Tensor) -> None:
-        if self._kept is None:
-            self._kept = Batch(*(t.clone() for t in batch.tensors)), clips.detach().clone()
+        """Into the next slot."""
+        slot = self._filled % len(self._kept)
+        self._filled += 1
+        if self._kept[slot] is None:
+            self._kept[slot] = Batch(*(t.clone() for t in batch.tensors)), clips.detach().clone()
             return
-        for mine, new in zip(self._kept[0].tensors, batch.tensors, strict=True):
+        kept, old = self._kept[slot]
+        for mine, new in zip((*kept.tensors, old), (*batch.tensors, clips), strict=True):
             mine.copy_(new)
-        self._kept[1].copy_(clips)
 
 
 def dmd_step(
@@ -1114,6 +1139,7 @@ def dmd_step(
     ratio: int = 5,
     critic_first: int = 0,
     reuse: bool = False,
+    known: int | None = None,
     match: Match = dmd.distribution_matching,
     guidance: float = 1.0,
     unconditional: Unconditional | None = None,
@@ -1130,13 +1156,14 @@ def dmd_step(
     updates to 1 of the student, and 600 steps are 120 student updates (Self-Forcing's way of counting). The first
     `critic_first` steps are the critic's alone. Teacher and critic are bidirectional; the teacher is guided to
     u + w·(c - u), w = `guidance`; student and critic never are. `reuse` lets the critic learn from the student's last
-    clips at fresh noise levels instead of rolling out anew: a rollout costs far more than a critic's update.
+    clips at fresh noise levels instead of rolling out anew: a rollout costs far more than a critic's update. `known`
+    leading frames of a clip are given and carry no loss; None means those of `settings`.
     Rows carry `dmd.vital_signs` of the student's clips, which `report.health` reads.
     """
     if ratio < 1:
         raise ValueError(f"ratio {ratio} is below 1: use 5 for five critic updates to one of the student")
-    known = known_frames(settings)
-    last = LastClips()
+    known = known_frames(settings) if known is None else known
+    last = LastClips(accumulate)
     of_teacher, of_critic = whole(teacher, compile), whole(critic, compile)
     # Clips of different draws are different operations: each has a recording of its own.
     for_student, for_critic = defaultdict(record), defaultdict(record)
@@ -1145,27 +1172,23 @@ def dmd_step(
     def critic_loss_at(batch: Batch, x: Tensor, noise: forcing.Noise) -> tuple[Tensor, Info]:
         return forcing.velocity_loss(bind(critic, batch, checkpoint=checkpoint), x, *noise)
 
-    def student_loss(state: TrainState, drawn: int) -> tuple[Tensor, Info]:
-        batch = next(batches)
-        x = make_clip(batch, state.generator, drawn)
+    def made(state: TrainState, drawn: int) -> tuple[Batch, Tensor]:
+        batch, x = make_clip(next(batches), state.generator, drawn)
         if reuse:
             last.put(batch, x)
+        return batch, x
+
+    def student_loss(state: TrainState, drawn: int) -> tuple[Tensor, Info]:
+        batch, x = made(state, drawn)
         plain = None if unconditional is None else of_teacher(unconditional(batch))
         shared = dict(shift=shift, generator=state.generator, known=known)
         shared |= dict(unconditional=plain, guidance=guidance)
         loss, info = match(x, of_teacher(batch), of_critic(batch), **shared)
         return loss, info | dmd.vital_signs(x, batch.latents)
 
-    @torch.no_grad()
-    def rolled_out(state: TrainState, drawn: int) -> tuple[Batch, Tensor]:
-        batch = next(batches)
-        x = make_clip(batch, state.generator, drawn)
-        if reuse:
-            last.put(batch, x)
-        return batch, x
-
     def critic_loss(state: TrainState, drawn: int | None) -> tuple[Tensor, Info]:
-        batch, x = last.get() if drawn is None else rolled_out(state, drawn)
+        with torch.no_grad():
+            batch, x = last.get() if drawn is None else made(state, drawn)
         return critic_loss_at(batch, x, dmd.critic_noise(x, shift=shift, generator=state.generator, known=known))
 
     def step(state: TrainState) -> dict:
@@ -1181,3 +1204,28 @@ def dmd_step(
         return row | descend(state, "critic", loss, gradients=for_critic[drawn], **options)
 
     return step
+
+
+def heads_step(
+    heads: gan.Heads,
+    make_clip: MakeClip,
+    teacher,
+    batches: Iterator[Batch],
+    *,
+    shift: float,
+    r1: float = 0.0,
+    precision: Precision = fp32,
+    **options,
+) -> Step:
+    """The discriminator beside stage 3 (role "heads"): the student's clips against their batches' real ones, on the
+    tokens of all layers of the frozen `teacher`. Goes before `dmd_step` by `together`, whose student then takes
+    `gan.with_adversary` as its match. `options` are `loss_step`'s.
+    """
+
+    def loss(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Info]:
+        with torch.no_grad():
+            batch, x = make_clip(batch, generator)
+        judge = gan.on_features(heads, bind(teacher, batch), teacher.blocks)
+        return gan.discriminator_loss(judge, x, batch.latents, shift=shift, generator=generator, r1=r1)
+
+    return loss_step("heads", batches, loss, precision=precision, **options)

@@ -13,14 +13,14 @@ Memory of a GPU at 18.5 B, 9 latent frames of 480x832, chunk 3, rank 64, batch 1
     frozen base, bf16, whole on every GPU, shared by teacher, critic and student             37.1
     adapters of student and critic, 307 M each: fp32 weight, gradient and two moments         9.8
     generator: fp32 input of every layer of the three chunks, kept for recomputation         11.5
-    generator: keys and values of the past that each chunk's graph holds (3 + 6 frames),
-               and those keys turned                                                         17.3
-    generator: the rollout's own cache when its last chunk is written (9 + 3 frames)         15.3
-                                                                                     sum     91.0 GB, 84.7 GiB
+    generator: keys and values of the past that each chunk's graph holds (3 + 6 frames, which
+               are the cache too), and those keys turned                                     17.3
+                                                                                     sum     75.7 GB, 70.5 GiB
 
-That is the highest point: scoring comes when the cache is gone, and teacher and critic are `lean`, or the camera's
-scale and shift of all layers would take 11.5 GB there. Pretraining holds 37.1 + 4.9 + 23.0 (inputs of [clean | noisy])
-and the layer at work. So the base fits whole into 96 GB and need not be sharded, and no pass waits for another GPU:
+That is the highest point but for the layer at work: the rollout's last chunk is not written to its cache, which would
+take another 15.3 GB, and teacher and critic are `lean`, or the camera's scale and shift of all layers would take 11.5
+GB while they score. Pretraining holds 37.1 + 4.9 + 23.0 (inputs of [clean | noisy])
+and the layer at work. So the base fits whole into 80 GB and need not be sharded, and no pass waits for another GPU:
 ranks only average the adapters' gradients. Sharding (`distill.sharded`) is for training all weights, whose
 pretraining step `--all-weights` measures: 16 bytes a parameter, spread over the GPUs, so that 18.5 B want four or more.
 
@@ -160,17 +160,19 @@ def chunk_flops(order: Order) -> list[Flops]:
 
 
 def generator_work(order: Order, exit_step: int) -> Work:
-    """Steps before the exit and the clean pass without gradient, the exit with it, three scores of the whole clip."""
-    work = Work(0.0)
-    for chunk in chunk_flops(order):
-        work += forward(chunk) * (exit_step + 1) + forward_backward(chunk)
+    """Steps before the exit and the clean pass of all chunks but the last without gradient, the exit with it, three
+    scores of the whole clip."""
+    work, chunks = Work(0.0), chunk_flops(order)
+    for chunk in chunks:
+        work += forward(chunk) * (exit_step + (chunk is not chunks[-1])) + forward_backward(chunk)
     whole = forward_flops(order.preset.model, order.shape, order.frames, order.frames)
     return work + forward(whole) * (3 if order.guidance != 1 else 2)
 
 
 def critic_work(order: Order, exit_step: int) -> Work:
     """A rollout without gradient, whose chunks share the camera's part, and the critic's own forward and backward."""
-    rolled = sum((c.linear + c.attention) * (exit_step + 2) + c.camera for c in chunk_flops(order))
+    chunks = chunk_flops(order)
+    rolled = sum((c.linear + c.attention) * (exit_step + 1 + (c is not chunks[-1])) + c.camera for c in chunks)
     return Work(rolled) + forward_backward(forward_flops(order.preset.model, order.shape, order.frames, order.frames))
 
 
@@ -180,7 +182,6 @@ def budget(order: Order, adapter_parameters: int, weight_bytes: int = 2) -> dict
     size, shape, settings = order.preset.model, order.shape, order.preset.stream
     seen = visible_frames(settings, order.lengths)
     past = sum(visible - own for visible, own in zip(seen, order.lengths, strict=True))
-    kept = order.frames if settings.window is None else min(order.frames, settings.window)
     inputs = size.layers * order.frames * shape.tokens_per_frame * size.dim * 4
     held = kv_bytes(size, shape, past, weight_bytes)
     return {
@@ -188,7 +189,6 @@ def budget(order: Order, adapter_parameters: int, weight_bytes: int = 2) -> dict
         "adapters": 2 * 16 * adapter_parameters,
         "layer inputs": order.batch * inputs,
         "pasts": order.batch * (held + held // 2),
-        "cache": order.batch * kv_bytes(size, shape, kept + order.lengths[-1], weight_bytes),
     }
 
 

@@ -51,6 +51,7 @@ def student_clips(
         settings=settings,
         generator=generator,
         start=batch.latents[:, :, :known] if known else None,
+        write_last=False,
     )
     return torch.cat(list(chunks), 2)
 
