@@ -117,3 +117,22 @@ def test_fp8_rows_are_named_and_their_error_is_told(small_decoder):
     assert [row["name"] for row in found["rows"]] == ["engine fp8"]
     assert 1e-3 < max(found["check"]["engine"]) < 0.15 and any("x0 differs" in line for line in said)
     assert len(found["layers"]) == PRESET.model.layers and 0.01 < min(found["layers"]) < max(found["layers"]) < 0.15
+
+
+def test_a_ladder_adds_one_option_at_a_time_and_ends_at_what_was_asked_for(small_decoder):
+    wanted = Speed(compile=False, graph=True, fp8=True)
+    names, options = zip(*bench_stream.rungs(wanted, torch.device("cuda")), strict=True)
+    assert options[0] == Speed(False, False, False) and options[-1] == wanted and len(set(names)) == len(names)
+    for before, after in zip(options, options[1:], strict=False):
+        assert sum(before.__dict__[name] != after.__dict__[name] for name in before.__dict__) == 1
+    said = []
+    order = bench_stream.Order(PRESET, (1,), wanted, chunks=1, plain_chunks=1, ladder=True)
+    rows = bench_stream.run(order, CPU, torch.float32, said.append)["rows"]
+    # A CPU has no graphs.
+    assert [row["name"] for row in rows] == [
+        "plain",
+        "+ work that no step changes, once",
+        "+ q, k, v as one product",
+        "+ fp8 products",
+    ]
+    assert all(row["floor"] > 0 for row in rows)

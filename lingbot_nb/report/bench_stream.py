@@ -1,6 +1,7 @@
 """Live streaming, timed end to end: keys in, uint8 pixel frames on the host out, decoder included.
 
     python -m lingbot_nb bench stream --preset lingbot --steps 4,2
+    python -m lingbot_nb bench stream --preset lingbot --fp8 --ladder --out ladder.json       (option by option)
     torchrun --nproc-per-node 2 -m lingbot_nb bench stream --preset lingbot --steps 4,2      (one stream on two GPUs)
 
 Weights are random: time depends on shapes alone. Every row is printed when it is known. The floor is what the matrix
@@ -402,6 +403,28 @@ class Order:
     check: int = 0
     profile: bool = False
     clean_pass: bool = True
+    ladder: bool = False
+
+
+RUNGS = {
+    "graph": "a chunk's passes as CUDA graphs",
+    "compile": "compiled pieces",
+    "join": "q, k, v as one product",
+    "fp8": "fp8 products",
+    "fp8_attention": "fp8 attention",
+    "merge": "clean pass merged",
+}
+"""What each of Speed's options adds, in the order in which a ladder adds them."""
+
+
+def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
+    """From the engine with all its options off to `speed`, one option more at a time: (what is new, options)."""
+    climbed = Speed(**dict.fromkeys(RUNGS, False))
+    yield "work that no step changes, once", climbed
+    for option, name in RUNGS.items():
+        if getattr(speed, option) and (option != "graph" or device.type == "cuda"):
+            climbed = replace(climbed, **{option: True})
+            yield name, climbed
 
 
 def random_dit(size: ModelSize, device: torch.device, dtype: torch.dtype) -> DiT:
@@ -444,7 +467,7 @@ def run(
     if device.type == "cuda":
         check_memory(preset, torch.cuda.mem_get_info(device)[0], fp8=order.speed.fp8, ranks=parallel.place()[1])
     # The plain path needs the network as it is. Without it no more is ever held than what the engine runs on.
-    whole = bool(order.plain_chunks or order.check or device.type == "cpu")
+    whole = bool(order.plain_chunks or order.check or order.ladder or device.type == "cpu")
     dit = random_dit(preset.model, device, dtype) if whole else DiT(preset.model, device="meta")
     decoder = random_decoder(preset, device, dtype)
     screen = Screen(picture_stream(decoder, graph=order.speed.graph), device)
@@ -486,6 +509,11 @@ def run(
             )
         )
         _release()
+    climbing = [*rungs(order.speed, device)] if order.ladder else []
+    for added, speed in climbing[:-1]:
+        linears = fp8 if speed.fp8 else plain
+        keep(_rung(dit, f"+ {added}", replace(order, speed=speed), screen, floor(linears, order.steps[0])))
+        _release()
     to = as_it_is if whole else made_up(device, dtype)
     net = fast(dit, order.speed, share=HeadShare.here(), to=to)
     if not order.check:
@@ -497,6 +525,7 @@ def run(
     # Asked for is not always had: without a kernel for it, attention stays as it was.
     name += " + fp8 attention" if net.share.format.dtype else ""
     name += " merged" if order.speed.merge else ""
+    name = f"+ {climbing[-1][0]}" if climbing else name
     for count in order.steps:
         ahead = order.speed.merge or not order.clean_pass
         loop = Loop(_engine(net, order, count), screen, preset, count, ahead=ahead)
@@ -538,6 +567,14 @@ def _plain_row(dit: DiT, screen: Screen, order: Order, steps: int, floor: float)
     loop = Loop(Plain(dit, preset.stream, preset.shape, _schedule(preset, steps)), screen, preset, steps)
     _warm(loop, 1)
     return time_steady(loop, "plain", order.plain_chunks, floor)
+
+
+def _rung(dit: DiT, name: str, order: Order, screen: Screen, floor: float) -> Row:
+    preset, steps = order.preset, order.steps[0]
+    engine = _engine(fast(dit, order.speed, share=HeadShare.here()), order, steps)
+    loop = Loop(engine, screen, preset, steps, ahead=order.speed.merge or not order.clean_pass)
+    _warm(loop)
+    return time_steady(loop, name, order.chunks, floor)
 
 
 def _warm(loop: Loop, chunks: int = 3) -> None:
@@ -677,6 +714,7 @@ def order_of(options: argparse.Namespace) -> Order:
         check=options.check,
         profile=options.profile,
         clean_pass=not options.no_clean_pass,
+        ladder=options.ladder,
     )
 
 

@@ -366,6 +366,27 @@ def latency_waterfall(
     return ax
 
 
+@styled
+def speed_ladder(rows: Sequence[Mapping], *, title: str = "", ax: Axes | None = None) -> Axes:
+    """Frames a second of each rung, with what each one gains over the one before, next to the arithmetic floor.
+
+    rows: as `bench_stream` saves them, in order: name, fps, floor and period in ms.
+    """
+    ax = _axes(ax, 8.5, 1.3 + 0.34 * len(rows))
+    fps, best = [row["fps"] for row in rows], [row["fps"] * row["period"] / row["floor"] for row in rows]
+    places = range(len(rows))
+    ax.barh(places, fps, height=0.66, color=[TEACHER, *[STUDENT] * (len(rows) - 1)])
+    ax.vlines(best, [y - 0.38 for y in places], [y + 0.38 for y in places], color="#c1121f", lw=1.5)
+    for y in places:
+        gain = "" if y == 0 else f"  {fps[y] / fps[y - 1]:.2f}x"
+        ax.text(fps[y], y, f" {fps[y]:.1f}{gain}", va="center", fontsize=8, color=INK)
+    ax.text(best[0], -0.45, "arithmetic floor ", color="#c1121f", fontsize=8, ha="right", va="bottom")
+    ax.set_yticks(places, [row["name"] for row in rows])
+    ax.set(xlim=(0, 1.12 * max(*best, *fps)), ylim=(len(rows) - 0.4, -0.9), xlabel="pixel frames a second")
+    ax.set_title(title, pad=8)
+    return ax
+
+
 def _stage_colour(stage: str, index: int) -> str:
     if "clean" in stage or "cache" in stage:
         return CLEAN
