@@ -56,8 +56,8 @@ def test_the_gradient_reaches_the_student_and_not_the_teacher(world, family):
     *_, row = train.fit(step, state, steps=6)
     assert row["student_grad"] > 0
     assert all(p.grad is None for p in (*place.teacher.parameters(), *place.start.parameters()))
-    student = state.models["student"].state_dict()
-    assert not all(torch.equal(tensor, student[name]) for name, tensor in place.start.state_dict().items())
+    before, after = place.start.parameters(), state.models["student"].parameters()
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_a_family_that_diverges_is_a_row(world):
@@ -74,3 +74,25 @@ def test_a_family_that_diverges_is_a_row(world):
     row = list(bench.families(place, exam, 0.01, [broken]))[-1]
     assert "nan" in row.ended and row.steps == 0
     assert "broken (diverged)" in bench.table([row])
+
+
+def test_a_mean_flow_student_jumps_to_clean_by_its_average_velocity(world):
+    place, exam = world
+    dit, batch = place.teacher, exam.batch
+    student = bench.ToClean(dit)
+    t = torch.full((2, 3), 600.0)
+    velocity = train.bind(dit, batch)
+    wanted = velocity(batch.latents, bench.meanflow.interval_time(dit, t, torch.zeros_like(t)))
+    assert torch.equal(train.bind(student, batch)(batch.latents, t), wanted)
+    assert not torch.allclose(wanted, velocity(batch.latents, t))
+    # Where nothing is left to jump over it is the network itself: the clean pass that writes the cache.
+    torch.testing.assert_close(
+        train.bind(student, batch)(batch.latents, 0 * t), velocity(batch.latents, 0 * t), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_start_is_the_teacher_under_the_causal_mask(world):
+    place, _ = world
+    made = bench.causal_start(replace(place, start=place.teacher), 0.05)
+    assert made.teacher is place.teacher and not any(p.requires_grad for p in made.start.parameters())
+    assert not torch.equal(made.start.head.head.weight, place.teacher.head.head.weight)

@@ -369,13 +369,7 @@ def test_f_distill_takes_it_too_with_a_discriminator_learning_beside():
         return gan.on_features(heads, train.bind(teacher, batch), teacher.blocks)
 
     def heads_step(clips_of, teacher):
-        def loss(batch, generator):
-            with torch.no_grad():
-                x = clips_of(batch, generator)
-            options = dict(shift=SHIFT, generator=generator, r1=0.1)
-            return gan.discriminator_loss(discriminate(teacher, batch), x, batch.latents, **options)
-
-        return train.loss_step("heads", endless(), loss)
+        return train.heads_step(heads, clips_of, teacher, endless(), shift=SHIFT, r1=0.1)
 
     def match(teacher):
         ratio = discriminate(teacher, random_batch())
@@ -383,6 +377,28 @@ def test_f_distill_takes_it_too_with_a_discriminator_learning_beside():
 
     row = stream_step(match, heads_step, heads=heads)
     assert row["heads_grad"] > 0 and row["student_grad"] > 0 and row["student_weight_max"] >= 1
+
+
+def test_an_adversary_adds_its_weighted_pull_and_alone_it_is_the_whole_loss():
+    teacher, batch = random_dit(1).requires_grad_(False), random_batch()
+    heads = gan.Heads(teacher.size.dim, 2)
+    torch.nn.init.normal_(heads.heads[0][-1].weight)
+    real, fake = train.bind(teacher, batch), train.bind(random_dit(2).requires_grad_(False), batch)
+
+    def gradient(match):
+        x = batch.latents.clone().requires_grad_()
+        loss, info = match(x, real, fake, shift=SHIFT, generator=rng(4), known=1)
+        loss.backward()
+        return x.grad, info
+
+    plain, _ = gradient(dmd.distribution_matching)
+    nothing, _ = gradient(gan.with_adversary(dmd.distribution_matching, heads, teacher.blocks, 0.0))
+    one, info = gradient(gan.with_adversary(dmd.distribution_matching, heads, teacher.blocks, 1.0))
+    two, _ = gradient(gan.with_adversary(dmd.distribution_matching, heads, teacher.blocks, 2.0))
+    assert torch.equal(plain, nothing) and {"g", "fake_logit"} <= info.keys()
+    torch.testing.assert_close(two - plain, 2 * (one - plain), rtol=1e-4, atol=1e-9)
+    alone, info = gradient(gan.alone(heads, teacher.blocks))
+    assert alone.abs().sum() > 0 and "g" not in info
 
 
 def test_every_family_takes_a_network_like_the_rest():

@@ -45,6 +45,16 @@ def test_last_clips_stay_in_the_same_tensors():
     assert x.eq(7).all() and [t.unique().item() for t in kept.tensors] == [5, 6, 7, 8]
 
 
+def test_accumulated_clips_are_kept_one_by_one_and_read_in_turn():
+    last = train.LastClips(2)
+    last.put(batch(1), torch.full((1, 2), 10.0))
+    assert not last
+    last.put(batch(2), torch.full((1, 2), 20.0))
+    assert last and [last.get()[1][0, 0].item() for _ in range(3)] == [10, 20, 10]
+    last.put(batch(3), torch.full((1, 2), 30.0))
+    assert [last.get()[1][0, 0].item() for _ in range(2)] == [20, 30]
+
+
 def curve(stage, recorded, steps=9):
     device = torch.device("cuda")
     torch.manual_seed(0)

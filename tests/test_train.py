@@ -11,7 +11,7 @@ import torch
 from micro_world import SHAPE, SIZE, endless, gradients, random_batch, random_dit, rng
 from torch import nn
 
-from lingbot_nb.distill import train
+from lingbot_nb.distill import parallel, train
 from lingbot_nb.distill.flow import few_steps, sigma_grid
 from lingbot_nb.distill.train import Average, Diverged, Stream, TrainState, fit
 from lingbot_nb.distill.trajectories import PairStore, Schedule, make_pairs
@@ -231,6 +231,14 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         run(line_step(), state, 4, checkpoint=tmp_path)
 
 
+def test_a_sharded_run_in_the_folder_is_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "step-00000005").mkdir()
+    (tmp_path / "step-00000005" / "card.json").write_text("{}")
+    with pytest.raises(ValueError, match="step-00000005 is a checkpoint of a sharded network: pass fit store"):
+        run(line_step(), line_state(), 6, checkpoint=tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     state = line_state()
     run(line_step(), state, 5, checkpoint=tmp_path)
@@ -336,6 +344,14 @@ def test_accumulated_batches_give_the_mean_gradient():
         return model.weight.grad
 
     torch.testing.assert_close(gradient(batches), gradient([torch.cat(batches)]))
+
+
+def test_a_global_batch_is_shared_out_over_ranks_and_rounds(monkeypatch):
+    assert parallel.rounds(64) == (64, 1) and parallel.rounds(64, 12) == (8, 8) and parallel.rounds(7, 4) == (1, 7)
+    monkeypatch.setattr(parallel, "place", lambda: (1, 4))
+    assert parallel.rounds(64, 8) == (8, 2)
+    with pytest.raises(ValueError, match="a batch of 6 clips does not spread over 4 processes"):
+        parallel.rounds(6)
 
 
 def test_clipping_bounds_the_gradient_and_reports_its_norm():
@@ -447,12 +463,65 @@ def test_dmd_gives_the_student_no_gradient_when_teacher_and_critic_agree():
     assert row["student_grad"] == 0 and row["student_loss"] == 0 and row["critic_grad"] > 0
 
 
+@pytest.mark.parametrize("labels", [(1,), (1, 0.5), (1, 2 / 3, 1 / 3)])
+def test_students_of_one_to_three_steps_learn_at_every_exit(labels):
+    student, critic, teacher = random_dit(0), random_dit(1), random_dit(2)
+    models = {"student": student, "critic": critic}
+    state = TrainState.of(models, {"student": 1e-3, "critic": 1e-3}, betas=(0.0, 0.999))
+    clips = train.OwnRollout(student, STREAM, few_steps(labels, SHIFT), make_cache)
+    drawn = []
+
+    class Watched(train.OwnRollout):
+        def draw(self, generator):
+            drawn.append(super().draw(generator))
+            return drawn[-1]
+
+    watched = Watched(clips.student, clips.settings, clips.steps, clips.make_cache)
+    step = train.dmd_step(watched, critic, teacher, endless(), STREAM, shift=SHIFT, ratio=1)
+    rows = run(step, state, 6)
+    assert all(row["student_grad"] > 0 for row in rows) and set(drawn) == set(range(len(labels)))
+
+
+def test_the_critic_meets_every_clip_of_an_accumulated_update():
+    student, critic, teacher = random_dit(0), random_dit(1), random_dit(2)
+    models = {"student": student, "critic": critic}
+    state = TrainState.of(models, {"student": 1e-3, "critic": 1e-3}, betas=(0.0, 0.999))
+    made, seen = [], []
+
+    class Clips(train.OwnRollout):
+        def __call__(self, *args):
+            made.append(super().__call__(*args))
+            return made[-1]
+
+    class Critic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dit = critic
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "dit" else getattr(self.dit, name)
+
+        def forward(self, x, t, **inputs):
+            if torch.is_grad_enabled():
+                # What was noised: x_sigma at the lowest levels is nearly the clip.
+                seen.append(inputs["condition_BCFHW"])
+            return self.dit(x, t, **inputs)
+
+    clips = Clips(student, STREAM, few_steps((1,), SHIFT), make_cache)
+    options = dict(shift=SHIFT, ratio=5, reuse=True, accumulate=2)
+    step = train.dmd_step(clips, Critic(), teacher, endless(), STREAM, **options)
+    run(step, state, 2)
+    assert len(made) == 2 and len(seen) == 4
+    for at, condition in enumerate(seen):
+        assert torch.equal(condition, made[at % 2][0].condition)
+
+
 def test_noisy_history_is_another_source_of_clips():
     student = random_dit(0)
     clips = train.NoisyHistory(student, STREAM, few_steps((1, 0.5), SHIFT))
     batch = random_batch()
-    clip = clips(batch, rng())
-    assert clip.shape == batch.latents.shape and torch.equal(clip[:, :, 0], batch.latents[:, :, 0])
+    same, clip = clips(batch, rng())
+    assert same is batch and clip.shape == batch.latents.shape and torch.equal(clip[:, :, 0], batch.latents[:, :, 0])
     state = TrainState.of({"student": student, "critic": random_dit(1)}, {"student": 1e-3, "critic": 1e-3})
     step = train.dmd_step(clips, state.models["critic"], random_dit(2), endless(), STREAM, shift=SHIFT)
     assert step(state)["student_grad"] > 0

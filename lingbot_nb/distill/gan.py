@@ -122,3 +122,27 @@ def on_features(heads: Heads, velocity: Velocity, layers: Sequence[nn.Module]) -
         return heads(heard)
 
     return discriminate
+
+
+def with_adversary(match: Callable, heads: Heads, layers: Sequence[nn.Module], weight: float) -> Callable:
+    """L + weight · `adversarial`: a loss on the student's clips, `dmd.distribution_matching` or one that takes its
+    arguments, with the heads on the teacher's `layers` beside it (DMD2's loss, Yin et al. 2024; weights that were used
+    are 0.001 to 0.03). The heads learn by `discriminator_loss`.
+    """
+
+    def both(x_BCFHW: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
+        loss, info = match(x_BCFHW, real, fake, **options)
+        extra, seen = alone(heads, layers)(x_BCFHW, real, fake, **options)
+        return loss + weight * extra, info | {"fake_logit": seen["fake_logit"]}
+
+    return both
+
+
+def alone(heads: Heads, layers: Sequence[nn.Module]) -> Callable:
+    """`adversarial` as such a loss: LADD, which asks for no scores."""
+
+    def fooling(x_BCFHW: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
+        noise = dict(shift=options["shift"], generator=options["generator"])
+        return adversarial(on_features(heads, real, layers), x_BCFHW, **noise)
+
+    return fooling

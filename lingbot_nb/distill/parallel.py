@@ -57,6 +57,20 @@ def draw(make: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], genera
     return make((ranks * rows, *shape[1:]))[rank * rows : (rank + 1) * rows]
 
 
+def rounds(global_batch: int, most: int | None = None) -> tuple[int, int]:
+    """(clips at a time, times) with which each rank makes its part of an update's `global_batch` clips, at most `most`
+    at a time: what a step takes as its batches' size and as `accumulate`.
+
+    Raises ValueError when the ranks cannot share the clips out evenly.
+    """
+    ranks = place()[1]
+    if global_batch < 1 or global_batch % ranks:
+        raise ValueError(f"a batch of {global_batch} clips does not spread over {ranks} processes: use a multiple")
+    mine = global_batch // ranks
+    size = next(size for size in range(min(mine, most or mine), 0, -1) if mine % size == 0)
+    return size, mine // size
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], values: Sequence[Tensor] = ()) -> list[Tensor]:
     """Replaces every gradient by its mean over ranks, in one all-reduce of all of them.

@@ -1,16 +1,18 @@
 """Loss families from one start, for the same seconds: which one earns its place on the tiny world.
 
     python -m lingbot_nb.report.bench_families --data clips --start weights/causal.safetensors --seconds 120
+    python -m lingbot_nb.report.bench_families --data clips --forcing 300       (its own causal start, from the teacher)
 
 Every family begins with the same weights, sees the same clips and gets the same time on the clock, its discriminator's
 and critic's updates included; then its average makes held-out walks in 4, 2 and 1 steps. `start` is the row to beat:
-the weights that all began with. A short run ranks what learns fastest, not what ends best; print the conditions.
+the weights that all began with, which must be a many-step causal model, since the consistency families take it for
+their teacher. A short run ranks what learns fastest, not what ends best; print the conditions.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_nb import presets
-from lingbot_nb.distill import dmd, f_distill, flow, gan, scm, sid, train
-from lingbot_nb.distill.forcing import Info, Velocity
+from lingbot_nb.distill import dmd, f_distill, flow, gan, meanflow, scm, sid, train
+from lingbot_nb.distill.forcing import Info, Velocity, frame_t
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import GradCache
@@ -36,6 +38,8 @@ from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
 
 GAN_WEIGHT = 0.03
 """Weight of the adversarial term beside a score's."""
+FORCING_LR = 1e-4
+"""Learning rate of the teacher forcing that makes a start."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +100,13 @@ def _matching(place: Place, match: train.Match, heads: gan.Heads | None = None) 
     student, critic = place.copy(place.start), place.copy(place.teacher)
     models = {"student": student, "critic": critic} | ({"heads": heads} if heads is not None else {})
     state, clips = place.state(**models), _own_clips(place, student)
-    options = dict(shift=place.shift, ratio=5, reuse=True, precision=place.precision, match=match)
+    shared = dict(shift=place.shift, precision=place.precision)
+    options = dict(ratio=5, reuse=True, match=match, **shared)
     step = train.dmd_step(clips, critic, place.teacher, place.batches(state), place.preset.stream, **options)
     if heads is None:
         return step, state
-    return train.together(_heads_step(place, heads, clips, place.batches(state)), step), state
-
-
-def _heads_step(place: Place, heads: gan.Heads, clips: train.OwnRollout, batches: Iterator[Batch]) -> train.Step:
-    def loss(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Info]:
-        with torch.no_grad():
-            x = clips(batch, generator)
-        judge = gan.on_features(heads, train.bind(place.teacher, batch), place.teacher.blocks)
-        return gan.discriminator_loss(judge, x, batch.latents, shift=place.shift, generator=generator, r1=0.1)
-
-    return train.loss_step("heads", batches, loss, precision=place.precision)
+    judge = train.heads_step(heads, clips, place.teacher, place.batches(state), r1=0.1, **shared)
+    return train.together(judge, step), state
 
 
 def _heads(place: Place) -> gan.Heads:
@@ -141,28 +137,15 @@ def divergence(place: Place) -> Built:
 def matching_adversarial(place: Place) -> Built:
     """DMD with an adversarial term beside it (DMD2)."""
     heads = _heads(place)
-
-    def match(x: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
-        loss, info = dmd.distribution_matching(x, real, fake, **options)
-        extra, seen = _fooling(place, heads, x, real, options["generator"])
-        return loss + GAN_WEIGHT * extra, info | {"logit": seen["fake_logit"]}
-
-    return _matching(place, match, heads)
+    return _matching(
+        place, gan.with_adversary(dmd.distribution_matching, heads, place.teacher.blocks, GAN_WEIGHT), heads
+    )
 
 
 def adversarial(place: Place) -> Built:
     """LADD: the discriminator alone, no scores. (The critic of the shared step learns beside it and is not asked.)"""
     heads = _heads(place)
-
-    def match(x: Tensor, real: Velocity, fake: Velocity, **options) -> tuple[Tensor, Info]:
-        return _fooling(place, heads, x, real, options["generator"])
-
-    return _matching(place, match, heads)
-
-
-def _fooling(place: Place, heads: gan.Heads, x: Tensor, real: Velocity, generator: torch.Generator):
-    judge = gan.on_features(heads, real, place.teacher.blocks)
-    return gan.adversarial(judge, x, shift=place.shift, generator=generator)
+    return _matching(place, gan.alone(heads, place.teacher.blocks), heads)
 
 
 # ---- consistency along the causal teacher's trajectories ------------------------------------------------------------
@@ -189,6 +172,51 @@ def continuous_consistency(place: Place) -> Built:
     return train.loss_step("student", place.batches(state), loss, precision=place.precision), state
 
 
+class ToClean(nn.Module):
+    """A MeanFlow network as a few-step student: asked at t, it gives its average velocity from t to clean, so that
+    x - sigma · v is its jump to the end. To callers it is a `DiT`."""
+
+    def __init__(self, dit: DiT):
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, latent_BCFHW: Tensor, t: Tensor, **inputs) -> Tensor:
+        t = frame_t(t, *latent_BCFHW.shape[:3:2], latent_BCFHW.device)
+        return self.dit(latent_BCFHW, meanflow.interval_time(self.dit, t, torch.zeros_like(t)), **inputs)
+
+    def text(self, context):
+        """`DiT.text`."""
+        return self.dit.text(context)
+
+    def camera_tokens(self, control_BCFHW: Tensor) -> Tensor:
+        """`DiT.camera_tokens`."""
+        return self.dit.camera_tokens(control_BCFHW)
+
+    def film(self, control_BCFHW: Tensor):
+        """`DiT.film`."""
+        return self.dit.film(control_BCFHW)
+
+
+def average_velocity(place: Place) -> Built:
+    """MeanFlow along the causal teacher's velocity, past clean; half of the clips are plain flow matching."""
+    student, settings = ToClean(place.copy(place.start)), place.preset.stream
+    state = place.state(student=student)
+    of_teacher = train.whole_forced(place.start, settings)
+
+    def loss(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Info]:
+        both, clean = train.bind_forced(student.dit, batch, settings), batch.latents
+        none = torch.zeros(len(batch), clean.shape[2], device=place.device)
+
+        def average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            time = meanflow.interval_time(student.dit, torch.cat([none, t], 1), torch.cat([none, r], 1))
+            return both(torch.cat([clean, x], 2), time)[:, :, clean.shape[2] :]
+
+        options = dict(shift=place.shift, generator=generator, known=train.known_frames(settings))
+        return meanflow.mean_flow(average, clean, teacher=of_teacher(batch), **options)
+
+    return train.loss_step("student", place.batches(state), loss, precision=place.precision), state
+
+
 FAMILIES: tuple[Family, ...] = (
     matching,
     score_identity,
@@ -197,8 +225,19 @@ FAMILIES: tuple[Family, ...] = (
     adversarial,
     discrete_consistency,
     continuous_consistency,
+    average_velocity,
 )
-"""All but MeanFlow, whose student is told two times and needs a sampler of its own."""
+
+
+def causal_start(place: Place, seconds: float) -> Place:
+    """The place with a start made here: its own after `seconds` of teacher forcing."""
+    dit = place.copy(place.start)
+    state = replace(place, lr=FORCING_LR).state(student=dit)
+    options = dict(shift=place.shift, context_noise=0.2, precision=place.precision)
+    step = train.forcing_step(dit, place.batches(state), place.preset.stream, **options)
+    for _ in train.fit(step, state, seconds=seconds, schedule=train.warmup_decay(0.0, 0.4)):
+        pass
+    return replace(place, start=state.averages["student"].module.requires_grad_(False))
 
 
 # ---- what came of it ------------------------------------------------------------------------------------------------
@@ -285,6 +324,9 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, default=weights / "student.safetensors", help="the student's first weights"
     )
+    parser.add_argument(
+        "--forcing", type=float, default=0.0, help="begin with the teacher's weights after so many seconds of forcing"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, a family")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--frames", type=int, default=None, help="latent frames of a training clip; default: all")
@@ -293,15 +335,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[family.__name__ for family in FAMILIES])
     args = parser.parse_args()
     place, exam = prepared(args)
+    if args.forcing:
+        place = causal_start(replace(place, start=place.teacher), args.forcing)
     rows = []
     for row in families(place, exam, args.seconds, [f for f in FAMILIES if f.__name__ in args.only]):
         rows.append(row)
         print(row, flush=True)
     name = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
     print(table(rows))
-    print(
-        f"{name} · torch {torch.__version__} · batch {args.batch} · {args.seconds:.0f} s a family · from {args.start}"
-    )
+    start = f"the teacher and {args.forcing:.0f} s of forcing" if args.forcing else args.start
+    print(f"{name} · torch {torch.__version__} · batch {args.batch} · {args.seconds:.0f} s a family · from {start}")
 
 
 def prepared(args: argparse.Namespace) -> tuple[Place, Exam]:
