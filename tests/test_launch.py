@@ -1,10 +1,14 @@
 """A training on two real processes: its curve, its stop, and its death."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from types import FunctionType
+
 import launch_target
 import pytest
 
 from lingbot_nb.distill import train
-from lingbot_nb.distill.launch import launch
+from lingbot_nb.distill.launch import launch, spread
 
 
 def losses(rows):
@@ -53,7 +57,7 @@ def test_a_lost_rank_ends_the_run_and_says_why(how, message, tmp_path):
     [
         ("launch_target:absent", {}, 2, "cannot be imported"),
         ("no_such_module:f", {}, 2, "cannot be imported"),
-        (lambda: None, {}, 2, "other processes cannot find it"),
+        (lambda: None, {}, 2, "make it a function with a name"),
         ("launch_target:curve", {"steps": {1, 2}}, 2, "not plain JSON"),
         ("launch_target:curve", {"steps": 1}, 0, "0 processes"),
     ],
@@ -61,3 +65,57 @@ def test_a_lost_rank_ends_the_run_and_says_why(how, message, tmp_path):
 def test_bad_orders_are_one_sentence(target, arguments, processes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         next(launch(target, arguments, processes=processes, folder=tmp_path))
+
+
+def in_a_notebook(function, **known):
+    """The function as if a cell had defined it beside `known`."""
+    cell = FunctionType(function.__code__, {"__builtins__": __builtins__, **known}, function.__name__)
+    cell.__module__ = "__main__"
+    return cell
+
+
+def of_a_cell(count):
+    from lingbot_nb.distill import parallel
+
+    rank, ranks = parallel.place()
+    # Rank 1 has more to do than rank 0, whose rows are those that are seen.
+    for step in range(count * (1 + 2 * rank)):
+        yield {"step": step, "ranks": ranks, "parts": [one for one in (rank, step)][0]}
+
+
+factor = 3
+
+
+def careless(count):
+    yield {"loss": [count * factor for _ in range(count)]}
+
+
+def test_a_function_of_a_cell_travels_and_ranks_may_have_more_rows_than_others(tmp_path):
+    rows = list(launch(in_a_notebook(of_a_cell, rank=0, step=1), {"count": 2}, processes=2, folder=tmp_path))
+    assert rows == [{"step": step, "ranks": 2, "parts": 0} for step in range(2)]
+    with pytest.raises(ValueError, match="careless uses factor of this notebook"):
+        next(launch(in_a_notebook(careless, factor=factor), {"count": 1}, processes=1, folder=tmp_path))
+
+
+def test_two_machines_are_further_arguments_of_torchrun(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two")
+
+    def machine(name):
+        order = dict(processes=1, folder=tmp_path / name, torchrun=(*meet, "--local-addr", "localhost"))
+        return list(launch(launch_target.curve, {"steps": 3}, **order))
+
+    with ThreadPoolExecutor(2) as both:
+        one, two = both.map(machine, ("one", "two"))
+    # Rank 0's machine has the rows; they are those of one process alone.
+    assert sorted(map(len, (one, two))) == [0, 3]
+    assert losses(one or two) == pytest.approx(losses(launch_target.curve(3)), rel=1e-5)
+
+
+def test_one_process_is_this_one(tmp_path):
+    assert losses(spread(launch_target.curve, {"steps": 2}, processes=0, folder=tmp_path)) == losses(
+        spread("launch_target:curve", {"steps": 2}, processes=1, folder=tmp_path)
+    )
+    assert not list(tmp_path.iterdir())

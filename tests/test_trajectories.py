@@ -8,7 +8,7 @@ import torch
 from micro_world import random_batch, random_dit, rng
 from test_losses import clips, gaussian_end, gaussian_velocity
 
-from lingbot_nb.distill import flow, trajectories
+from lingbot_nb.distill import flow, parallel, trajectories
 from lingbot_nb.distill.train import bidirectional_teacher, causal_teacher
 from lingbot_nb.distill.trajectories import PairStore, Schedule, make_pairs, visited
 from lingbot_nb.presets import MICRO
@@ -184,3 +184,16 @@ def test_half_precision_store_and_random_order(tmp_path):
     assert all(torch.equal(a, next(again).states) for a in first)
     exact = trajectory(None, trajectories.gaussian(random_batch(0).latents, rng(0)))
     torch.testing.assert_close(store.read(0)["states"], exact, rtol=2e-3, atol=2e-3)
+
+
+def test_ranks_that_share_a_generator_take_shards_of_their_own(tmp_path, monkeypatch):
+    store = store_at(tmp_path)
+    fill(store, 4)
+
+    def walk(rank, ranks):
+        monkeypatch.setattr(parallel, "place", lambda: (rank, ranks))
+        pairs = store.pairs(random_batch, parallel.shared_generator("cpu", 3))
+        return [next(pairs).batch.latents[0, 0, 0, 0, 0].item() for _ in range(6)]
+
+    alone, first, second = walk(0, 1), walk(0, 2), walk(1, 2)
+    assert first != second and first[:3] == alone[::2] and second[:3] == alone[1::2]

@@ -3,14 +3,17 @@
     for row in launch("my_module:train", {"steps": 1000}, processes=2, folder=run.path("launch")):
         curve.add(row["step"], loss=row["student_loss"])
 
-The target is a function in an importable module, `train(**arguments) -> iterator of rows`, usually ending in
-`yield from fit(...)`. Every rank calls it after `parallel.start()`; rank 0's rows come back. The processes belong to
-torch's elastic launcher, in a session of their own: they begin without this process's CUDA state, and an interrupt
-meant for the notebook does not tear them apart in the middle of a step.
+The target is a function `train(**arguments) -> iterator of rows`, usually ending in `yield from fit(...)`, in an
+importable module or in a cell of the notebook, if it imports what it needs: its source then travels. Every rank calls
+it after `parallel.start()`; rank 0's rows come back. The processes belong to torch's elastic launcher, in a session of
+their own: they begin without this process's CUDA state, and an interrupt meant for the notebook does not tear them
+apart in the middle of a step.
 """
 
 import contextlib
+import dis
 import importlib
+import inspect
 import json
 import math
 import os
@@ -18,10 +21,12 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 
 import torch
 import torch.distributed as dist
@@ -52,7 +57,8 @@ def launch(
     `arguments` must be JSON. `folder` gets the order and output.log, whose lines `say` also receives. `torchrun` are
     further arguments of torch.distributed.run, which come last: ("--nnodes", "2", "--rdzv-endpoint", …) for several
     machines, each of which launches. Closing the generator, or an interrupt while it waits, lets all ranks finish their
-    step and close theirs (`fit` then saves); after `patience` seconds they are killed.
+    step and close theirs (`fit` then saves); after `patience` seconds they are killed. Ranks need not have equally many
+    rows.
 
     Raises RuntimeError with the end of the output, the failing rank's traceback in it, when a process fails or is
     killed; ValueError for a target that other processes cannot import, or more processes than GPUs.
@@ -62,7 +68,7 @@ def launch(
         [*_command(processes, torchrun), str(order)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(),
+        env=_environment(order.parent),
         text=True,
         errors="replace",
         start_new_session=True,
@@ -87,6 +93,17 @@ def launch(
         raise RuntimeError(_failure(order, processes, code, tail))
 
 
+def spread(
+    target: Target, arguments: Mapping[str, object] | None = None, *, processes: int, folder: Path | str, **options
+) -> Iterator[dict]:
+    """`launch` on two processes or more; for fewer the target's rows from this very process, where it can be looked
+    into. `options` are `launch`'s."""
+    if processes > 1:
+        return launch(target, arguments, processes=processes, folder=folder, **options)
+    function = pkgutil.resolve_name(target) if isinstance(target, str) else target
+    return function(**(arguments or {}))
+
+
 # ---- the notebook's side --------------------------------------------------------------------------------------------
 
 
@@ -100,7 +117,7 @@ def _order(target: Target, arguments: Mapping[str, object], processes: int, fold
     for old in (order.with_suffix(".stop"), *order.parent.glob("rank-*.error")):
         old.unlink(missing_ok=True)
     try:
-        text = json.dumps({"target": _importable(target), "arguments": dict(arguments)}, indent=1)
+        text = json.dumps({"target": _importable(target, order.parent), "arguments": dict(arguments)}, indent=1)
     except TypeError as error:
         raise ValueError(
             f"arguments are not plain JSON ({error}): pass numbers, texts, lists and paths as text"
@@ -109,18 +126,36 @@ def _order(target: Target, arguments: Mapping[str, object], processes: int, fold
     return order
 
 
-def _importable(target: Target) -> str:
+def _importable(target: Target, folder: Path) -> str:
+    if not isinstance(target, str) and target.__module__ == "__main__" and "<" not in target.__qualname__:
+        return _written(target, folder)
     name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
     if name.startswith("__main__") or "<" in name:
-        raise ValueError(
-            f"target {name} lives in this notebook, where other processes cannot find it: write it to a .py"
-        )
+        raise ValueError(f"target {name} lives where other processes cannot find it: make it a function with a name")
     try:
         importlib.invalidate_caches()
         pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"target '{name}' cannot be imported ({error}): name it as module:function") from error
     return name
+
+
+def _written(target: Callable, folder: Path) -> str:
+    """A notebook's function as a module of its own in the order's folder."""
+    if foreign := sorted(_globals(target.__code__) & target.__globals__.keys()):
+        raise ValueError(
+            f"{target.__name__} uses {', '.join(foreign)} of this notebook, which other processes do not have: import "
+            "it inside the function, or pass it as an argument"
+        )
+    module = f"cell_{target.__name__}"
+    write_text(folder / f"{module}.py", textwrap.dedent(inspect.getsource(target)))
+    return f"{module}:{target.__name__}"
+
+
+def _globals(code: CodeType) -> set[str]:
+    """Names that a function and those inside it look up outside."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return own.union(*(_globals(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 def _command(processes: int, torchrun: Sequence[str]) -> list[str]:
@@ -130,9 +165,9 @@ def _command(processes: int, torchrun: Sequence[str]) -> list[str]:
     return [sys.executable, "-u", "-m", "torch.distributed.run", *where, *own, *torchrun, *module]
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     # Modules that this notebook can import, its neighbours say, the other processes can too.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    path = os.pathsep.join(entry or os.getcwd() for entry in (str(folder), *sys.path))
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
 
 
@@ -197,30 +232,34 @@ def work(order: Path) -> None:
 
 def _follow(order: Path, rank: int, ranks: int) -> None:
     told = json.loads(order.read_text())
-    asked = _asker(order.with_suffix(".stop"), rank, ranks)
-    rows = pkgutil.resolve_name(told["target"])(**told["arguments"])
-    for row in rows:
-        if rank == 0:
+    sums, stop = _summing(ranks), order.with_suffix(".stop")
+    rows = iter(pkgutil.resolve_name(told["target"])(**told["arguments"]))
+    going = True
+    while going:
+        row = next(rows, None)
+        if rank == 0 and row is not None:
             _print_row(row)
-        if asked():
-            rows.close()
-            break
+        # Rank 0 looks for the file, and all hear the same, so that all end after the same step; a rank that has no
+        # rows left goes on answering until none has.
+        asked, left = sums(rank == 0 and stop.exists(), row is not None)
+        going = left and not asked
+    if hasattr(rows, "close"):
+        rows.close()
 
 
-def _asker(stop: Path, rank: int, ranks: int) -> Callable[[], bool]:
-    """Whether the notebook asked to stop: rank 0 looks, and all hear the same, so that all end after the same step."""
+def _summing(ranks: int) -> Callable[[bool, bool], Sequence[int]]:
+    """Adds up two yes or no over all ranks."""
     if ranks == 1:
-        return stop.exists
+        return lambda *mine: mine
     # On the CPU, so that asking does not wait for a GPU.
     group = dist.new_group(backend="gloo")
-    flag = torch.zeros(1, dtype=torch.uint8)
 
-    def asked() -> bool:
-        flag.fill_(rank == 0 and stop.exists())
-        dist.broadcast(flag, 0, group)
-        return bool(flag)
+    def sums(*mine: bool) -> list[int]:
+        total = torch.tensor(mine, dtype=torch.int32)
+        dist.all_reduce(total, group=group)
+        return total.tolist()
 
-    return asked
+    return sums
 
 
 def _print_row(row: Mapping[str, object]) -> None:

@@ -257,12 +257,13 @@ class PairStore:
         return {name: tensor.to(device).float() for name, tensor in load(data).items()}
 
     def pairs(self, batch_at: Callable[[int], Batch], generator: torch.Generator) -> Iterator[Pair]:
-        """Random shards without end, each with its batch. Where it goes next lies in the generator alone."""
+        """Random shards without end, each with its batch. Where it goes next lies in the generator alone; ranks that
+        share it (`parallel.SharedGenerator`) go each their own way."""
         shards = self.shards
         if not shards:
             raise FileNotFoundError(f"no pairs in {self.folder}: make them first (notebook 03)")
         while True:
-            at = int(torch.randint(len(shards), (), generator=generator, device=generator.device))
+            at = int(random_index(len(shards), (1,), generator))
             yield self.pair(shards[at], batch_at)
 
     def pair(self, shard: int, batch_at: Callable[[int], Batch]) -> Pair:
