@@ -43,6 +43,14 @@ class Reference:
         self.frames = self.meta["frames"]
         self.shape = VideoShape(self.meta["latent_h"] * 8, self.meta["latent_w"] * 8, 4 * self.frames - 3)
 
+    def to(self, device):
+        """The same with model and inputs on a device; what is expected stays where it is."""
+        self.dit.to(device)
+        self.x, self.y, self.control, self.context = (
+            x.to(device) for x in (self.x, self.y, self.control, self.context)
+        )
+        return self
+
     def inputs(self, batch=1):
         """Keyword arguments of a whole-clip forward."""
         return {
@@ -53,7 +61,10 @@ class Reference:
 
 
 def deviation(got, expected):
-    return ((got.float() - expected).abs().max() / expected.abs().max()).item()
+    """Largest difference over the largest value; `pytest -rP` shows what was found."""
+    found = ((got.float() - expected).abs().max() / expected.abs().max()).item()
+    print(f"off by {found:.1e}")
+    return found
 
 
 @pytest.fixture(scope="module", params=["cam", "act", "window"])
@@ -98,12 +109,13 @@ def test_lazy_and_ready_made_inputs_agree(reference):
     assert deviation(reference.dit(reference.x, torch.tensor(500.0), **kwargs), expected) < 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("name,window,sink", STREAMS)
-def test_streamed_with_cache(name, window, sink):
-    ref = Reference(name)
+def test_streamed_with_cache(name, window, sink, device):
+    ref = Reference(name).to(device)
     chunk, folder = ref.meta["chunk"], f"stream/local{window}_sink{sink}"
     settings = StreamSettings(chunk, None if window < 0 else window, sink, relative=False, image_first=False)
-    cache, text = KVCache(ref.size, settings, ref.shape), ref.dit.text(ref.context)
+    cache, text = KVCache(ref.size, settings, ref.shape, device=device), ref.dit.text(ref.context)
     for number in range(ref.frames // chunk):
         span = slice(number * chunk, (number + 1) * chunk)
         x = ref.x[:, :, span]
@@ -115,12 +127,12 @@ def test_streamed_with_cache(name, window, sink):
         }
         for t in (999.0, 500.0):
             out = ref.dit(x, torch.tensor(t), **kwargs)
-            assert deviation(out[0], ref.tensors[f"{folder}/chunk{number}/t{t}"]) < TOLERANCE
+            assert deviation(out[0].cpu(), ref.tensors[f"{folder}/chunk{number}/t{t}"]) < TOLERANCE
         ref.dit(0.5 * x, torch.tensor(0.0), **kwargs)
         cache.commit()
     last = ref.size.layers - 1
-    assert deviation(cache.ordered(0)[0][0], ref.tensors[f"{folder}/layer0_k"]) < TOLERANCE
-    assert deviation(cache.ordered(last)[1][0], ref.tensors[f"{folder}/layer{last}_v"]) < TOLERANCE
+    assert deviation(cache.ordered(0)[0][0].cpu(), ref.tensors[f"{folder}/layer0_k"]) < TOLERANCE
+    assert deviation(cache.ordered(last)[1][0].cpu(), ref.tensors[f"{folder}/layer{last}_v"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("preset,parameters", [(LINGBOT, 18_544_332_864), (LINGBOT_ACT, 18_545_643_584)])
@@ -243,18 +255,21 @@ def test_clear_errors():
         dit.camera_tokens(torch.randn(1, 384, 2, 4, 6))
     with pytest.raises(ValueError, match="one per frame"):
         dit(x, torch.zeros(1, 2, 3), condition_BCFHW=y, text=text)
+    # Four or six values would divide the tokens as well, and mean something else.
+    for wrong in (torch.zeros(2), torch.zeros(1, 4), torch.zeros(1, 6), torch.zeros(3, 2)):
+        with pytest.raises(ValueError, match="for a batch of 1 and 2 frames: give one, one per clip"):
+            dit(x, wrong, condition_BCFHW=y, text=text)
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, TOLERANCE), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu(reference, dtype, tolerance, compiled):
-    ref = Reference(reference.name, dtype)
-    dit = ref.dit.cuda()
+    ref = Reference(reference.name, dtype).to("cuda")
+    dit = ref.dit
     if compiled:
         for layer in dit.blocks:
             layer.compile()
-    ref.x, ref.y, ref.control, ref.context = (x.cuda() for x in (ref.x, ref.y, ref.control, ref.context))
     out = dit(ref.x, torch.tensor(500.0), **ref.inputs()).cpu()
     assert deviation(out[0], ref.tensors["bidirectional/t500.0"]) < tolerance
     mask = block_causal([1] * ref.frames, 3, 1)

@@ -344,6 +344,7 @@ class DiT(nn.Module):
         self._check(latent, mask, cache, positions)
         x = self.tokens(latent)
         time = t if isinstance(t, Time) else self.time(t.to(x.device))
+        _check_time(time, len(latent), frames)
         rope = stream = None
         if cache is None:
             rope = rope_table(range(frames) if positions is None else positions, grid[1:], self.size.head_dim, x.device)
@@ -382,6 +383,16 @@ class DiT(nn.Module):
             raise ValueError(f"mask '{mask.name}' is for {mask.frames} frames, the latent has {frames}")
         if mask is not None and cache is not None and cache.frames_seen:
             raise ValueError("a mask with a cache only makes sense for its first chunk (to fill it in one pass)")
+
+
+def _check_time(time: Time, batch: int, frames: int) -> None:
+    rows, columns = time.head.shape[:2]
+    # Any divisor of the token count would broadcast, and give tokens another frame's noise level.
+    if rows not in (1, batch) or columns not in (1, frames):
+        raise ValueError(
+            f"t has {rows} x {columns} values for a batch of {batch} and {frames} frames: give one, one per clip [B], "
+            "or one per frame [B, F]"
+        )
 
 
 def _linear_patch(conv: nn.Conv3d, patches_BLC: Tensor) -> Tensor:
