@@ -8,7 +8,15 @@ from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 
-from lingbot_nb.model.wan_vae import LATENT_MEAN, LATENT_STD, WanVAE, diffusers_name
+from lingbot_nb.model.wan_vae import (
+    LATENT_MEAN,
+    LATENT_STD,
+    WanVAE,
+    diffusers_name,
+    released_size,
+    start_picture,
+)
+from lingbot_nb.presets import VideoShape
 
 SECONDS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
@@ -122,10 +130,13 @@ def test_streaming_equals_the_whole_clip(vae, pieces):
     stream = vae.decoder_stream()
     parts = [stream.decode(part) for part in clip.split(pieces, dim=2)]
     assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(pieces)]
-    assert torch.equal(torch.cat(parts, dim=2), whole) and torch.equal(vae.decode(clip), whole)
+    ours = vae.decode(clip)
+    assert torch.equal(torch.cat(parts, dim=2), ours)
+    # diffusers multiplies the whole clip at once before it goes frame by frame: on some processors that rounds anew.
+    torch.testing.assert_close(ours, whole, atol=1e-4, rtol=0)
     assert whole.std() > 0.01
     stream.reset()
-    assert torch.equal(stream.decode(clip[:, :, :2]), whole[:, :, :5])
+    assert torch.equal(stream.decode(clip[:, :, :2]), ours[:, :, :5])
 
 
 def test_two_streams_do_not_meet(vae):
@@ -157,6 +168,40 @@ def test_the_image_condition_is_the_whole_clip_encoded(vae):
     torch.testing.assert_close(condition[:, 4:], vae.encode(clip))
     assert condition[:, :4, 0].eq(1).all() and condition[:, :4, 1:].eq(0).all()
     torch.testing.assert_close(vae.image_condition(image, 3)[:, 4:], vae.encode(clip[:, :, :9]))
+
+
+@pytest.mark.parametrize(
+    ("image", "area", "latent"),
+    [
+        ((480, 832), 480 * 832, (58, 104)),
+        ((720, 1280), 480 * 832, (58, 104)),
+        ((2894, 5145), 480 * 832, (58, 104)),
+        ((720, 1280), 720 * 1280, (90, 160)),
+        ((3648, 5472), 480 * 832, (64, 96)),
+        ((1280, 720), 480 * 832, (104, 58)),
+        ((512, 512), 480 * 832, (78, 78)),
+    ],
+)
+def test_clips_are_laid_out_as_released(image, area, latent):
+    height, width = released_size(*image, area)
+    assert (height // 8, width // 8) == latent
+    shape = VideoShape(height, width, 81)
+    assert shape.tokens_per_frame == latent[0] * latent[1] // 4
+
+
+def test_a_start_picture_is_resized_and_not_cropped():
+    image = torch.arange(0, 250, 2, dtype=torch.uint8)[:, None, None].expand(-1, 80, 3)
+    picture = start_picture(image, 64 * 48)
+    assert picture.shape == (1, 3, *released_size(125, 80, 64 * 48)) and picture.dtype == torch.float32
+    assert picture[0, 0, 0, 0] == pytest.approx(-1, abs=0.02) and picture[0, 0, -1, 0] == pytest.approx(0.945, abs=0.02)
+    grey = torch.full((37, 53, 3), 255, dtype=torch.uint8)
+    torch.testing.assert_close(start_picture(grey, 32 * 32), torch.ones(1, 3, *released_size(37, 53, 32 * 32)))
+    with pytest.raises(ValueError, match="give uint8 .height, width, 3"):
+        start_picture(image.float())
+    with pytest.raises(ValueError, match="hold no whole token"):
+        released_size(10, 1000, 16 * 16)
+    with pytest.raises(ValueError, match="use sizes above 0"):
+        released_size(0, 10)
 
 
 def test_released_and_diffusers_files_load(vae, tmp_path):

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_nb.model import shards
 from lingbot_nb.model.replay import ReplayStream
-from lingbot_nb.presets import MASK_CHANNELS, SPACE_STRIDE, TIME_STRIDE
+from lingbot_nb.presets import MASK_CHANNELS, PATCH, SPACE_STRIDE, TIME_STRIDE
 
 RGB = 3
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -53,6 +54,40 @@ def _up_block(match: re.Match) -> str:
     level, place = divmod(int(match[1]), _UPSAMPLES_PER_LEVEL)
     part = "upsamplers.0" if place == _UPSAMPLES_PER_LEVEL - 1 else f"resnets.{place}"
     return f"decoder.up_blocks.{level}.{part}."
+
+
+AREA = 480 * 832
+"""Pixels that LingBot-World is asked for by "480*832"; the start image's sides decide how they are laid out."""
+
+
+def released_size(height: int, width: int, area: int = AREA) -> tuple[int, int]:
+    """Height and width of the clip that LingBot-World makes of a start image: whole tokens, its sides, about `area`.
+
+    Upstream's arithmetic to the last bit. So a picture of exactly 480x832 gives 464x832: the square root comes out as
+    479.999…, and rounding down to whole tokens takes the 16 pixels.
+    """
+    if min(height, width, area) < 1:
+        raise ValueError(f"a start image of {height}x{width} for {area} pixels: use sizes above 0")
+    sides = height / width
+    rows, columns = (_whole_tokens(math.sqrt(pixels)) for pixels in (area * sides, area / sides))
+    if not rows or not columns:
+        raise ValueError(f"{area} pixels laid out as {height}x{width} hold no whole token: use a larger area")
+    return rows, columns
+
+
+def _whole_tokens(pixels: float) -> int:
+    return SPACE_STRIDE * round(pixels // SPACE_STRIDE // PATCH[1] * PATCH[1])
+
+
+def start_picture(image_HW3: Tensor, area: int = AREA) -> Tensor:
+    """A start image, uint8 [H, W, 3], as the released pipeline takes it: [1, 3, h, w] in [-1, 1] and a little beyond.
+
+    Bicubic to `released_size`, neither cropped nor smoothed before; edges overshoot, and upstream lets them.
+    """
+    if image_HW3.dtype != torch.uint8 or image_HW3.ndim != 3 or image_HW3.shape[2] != RGB:
+        raise ValueError(f"start image {image_HW3.dtype} {tuple(image_HW3.shape)}: give uint8 [height, width, 3]")
+    image = image_HW3.permute(2, 0, 1)[None].float().div(255).sub(0.5).div(0.5)
+    return F.interpolate(image, released_size(*image_HW3.shape[:2], area), mode="bicubic")
 
 
 class WanVAE(nn.Module):
@@ -172,15 +207,16 @@ class WanDecoderStream(ReplayStream):
         self._features: list = [None] * self._slots
 
     def advance(self, latents_BCFHW: Tensor) -> Tensor:
-        model = self.vae.model
-        unscaled = model.post_quant_conv(self.vae.unscale(latents_BCFHW))
-        frames = [self._decode(frame) for frame in unscaled.split(1, dim=2)]
+        # One latent frame at a time from the start, whatever arrives together: the same kernels round the same way in
+        # play and over a whole clip.
+        frames = [self._decode(frame.contiguous()) for frame in self.vae.unscale(latents_BCFHW).split(1, dim=2)]
         return torch.cat(frames, dim=2).clamp(-1, 1)
 
     def _decode(self, frame_BCFHW: Tensor) -> Tensor:
-        first = self._features[0] is None
+        model, first = self.vae.model, self._features[0] is None
+        frame_BCFHW = model.post_quant_conv(frame_BCFHW)
         # The network counts its way through the cache in the list it is given.
-        return self.vae.model.decoder(frame_BCFHW, feat_cache=self._features, feat_idx=[0], first_chunk=first)
+        return model.decoder(frame_BCFHW, feat_cache=self._features, feat_idx=[0], first_chunk=first)
 
 
 def _causal(module: nn.Module) -> list[nn.Conv3d]:
