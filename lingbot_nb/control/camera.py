@@ -9,7 +9,7 @@ Poses are numpy float64 (they add up over a walk), channels torch float32. Intri
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -476,14 +476,19 @@ class CameraPath:
         return CameraPath(self.poses[:length], self.intrinsics, None if self.keys is None else self.keys[:length])
 
 
-def load_path(folder: str | Path, *, with_keys: bool = True) -> CameraPath:
+MOVE_FILES = ("action.npy", "wasd_action.npy")
+"""Where w a s d lie in a path's folder. Upstream's act control reads the first, its way from keys to poses the second;
+in one released example they differ."""
+
+
+def load_path(folder: str | Path, *, with_keys: bool = True, moves: Sequence[str] = MOVE_FILES) -> CameraPath:
     """Read poses, intrinsics and keys of a folder in LingBot's example format; unpacks as `poses, intrinsics, keys`.
 
     poses.npy [N, 4, 4] and intrinsics.npy [N or 1, 4] (row 0 counts, pixels at 480x832) must be there. w a s d come
-    from action.npy, else from wasd_action.npy; i j k l from ijkl_action.npy, else nothing is held; keys are None when
+    from the first of `moves` that is there, i j k l from ijkl_action.npy, else nothing is held; keys are None when
     there is no key file or `with_keys` is False (cam control reads none). Raises FileNotFoundError, or ValueError for
     poses that are not rigid or finite, other shapes, and key files of another length (two of the released examples
-    carry a stale action.npy).
+    carry a stale action.npy beside a good wasd_action.npy).
     """
     folder = Path(folder)
     poses = check_poses(_read(folder / "poses.npy"), f"{folder}/poses.npy:")
@@ -492,7 +497,7 @@ def load_path(folder: str | Path, *, with_keys: bool = True) -> CameraPath:
         raise ValueError(
             f"{folder}: intrinsics.npy has {len(intrinsics)} rows for {len(poses)} poses: use one, or one a pose"
         )
-    return CameraPath(poses, intrinsics[0], _read_keys(folder, len(poses)) if with_keys else None)
+    return CameraPath(poses, intrinsics[0], _read_keys(folder, len(poses), moves) if with_keys else None)
 
 
 def save_path(folder: str | Path, poses_N44, intrinsics_4, keys_N8=None) -> Path:
@@ -516,8 +521,8 @@ def save_path(folder: str | Path, poses_N44, intrinsics_4, keys_N8=None) -> Path
     return folder
 
 
-def _read_keys(folder: Path, length: int) -> np.ndarray | None:
-    moves = next((folder / name for name in ("action.npy", "wasd_action.npy") if (folder / name).exists()), None)
+def _read_keys(folder: Path, length: int, names: Sequence[str]) -> np.ndarray | None:
+    moves = next((folder / name for name in names if (folder / name).exists()), None)
     looks = folder / "ijkl_action.npy"
     if moves is None and not looks.exists():
         return None
@@ -533,7 +538,7 @@ def _read_moves(file: Path, length: int) -> np.ndarray:
     if len(table) != length:
         raise ValueError(
             f"{file} has {len(table)} rows for {length} poses, so it belongs to another path: "
-            f"move it away, or load with with_keys=False"
+            "move it away, read another file (moves=), or none (with_keys=False)"
         )
     return table
 
