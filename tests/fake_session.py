@@ -24,7 +24,7 @@ class FakeSession:
     shape = VideoShape(96, 160, 81)
     fps = FPS
     keys = "wasdjl"
-    about = "painted · 160 × 96"
+    longest_chunk = 3
 
     def __init__(self, seconds: float = 0.0, chunk: int = 1, log: str | None = None):
         self.seconds, self.chunk, self.log = seconds, chunk, log
@@ -35,6 +35,10 @@ class FakeSession:
         self.calls: list[np.ndarray] = []
         self.name = uuid.uuid4().hex
         self.reset()
+
+    @property
+    def about(self) -> str:
+        return f"painted · 160 × 96 · {self.chunk} a chunk"
 
     @property
     def next_frames(self) -> int:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,17 @@ def test_the_picture_is_the_sessions_own(page, place, over):
     error = np.abs(frames[at].astype(int) - shown).mean()
     assert error < 3
     assert np.abs(wrong[at].astype(int) - shown).mean() > 4 * error
+
+
+def test_the_chunk_changes_while_playing(page, place):
+    handle = page.locator(".lb-side .noUi-handle").nth(1)
+    handle.focus()
+    handle.press("ArrowRight")
+    steps = lambda: [after["number"] - before["number"] for before, after in pairwise(log(place)[-3:])]  # noqa: E731
+    wait(page, lambda: steps() == [8, 8])
+    assert "2 a chunk" in page.inner_text(".lb-about")
+    handle.press("ArrowLeft")
+    wait(page, lambda: steps() == [4, 4])
 
 
 def test_a_blocked_page_stops_the_world_and_catches_up(page, lab):

@@ -32,6 +32,16 @@ def test_a_marked_session_counts_and_tells_when_chunks_begin():
     assert told == [("chunk", "w"), ("chunk", "wj")]
 
 
+def test_a_chunk_that_begins_again_is_marked_with_its_last_keys():
+    told, session = [], FakeSession()
+    session.stream = lambda keys, newer: [session_generate(newer())]
+    session_generate = session.generate
+    latency.mark(session, lambda *event: told.append(event))
+    (frames,) = session.stream(held("w"), lambda: held("l"))
+    assert [latency.read(frame) for frame in frames] == [(i, "l") for i in range(1, 5)]
+    assert told == [("chunk", "w"), ("chunk", "l")]
+
+
 def test_keys_are_told_once(tmp_path):
     keys = HeldKeys()
     latency.log_keys(keys, latency.Log(tmp_path / "events.jsonl"))

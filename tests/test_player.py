@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, read_keys, read_number
 
-from lingbot_nb.control.keys import held, parse_keys
+from lingbot_nb.control.keys import KEYS, held, parse_keys
 from lingbot_nb.stream import look
 from lingbot_nb.stream.movie import Movie, read_movie, write_movie
 from lingbot_nb.stream.playback import HOLD_LIMIT, REPEAT_LIMIT, Credit, HeldKeys, Playback
@@ -133,6 +133,29 @@ def test_read_tells_when_the_oldest_change_came():
     assert keys.read() == (frozenset(), 101.1)
 
 
+def test_second_thoughts_take_what_has_changed_and_lose_no_tap():
+    clock = Clock()
+    keys = HeldKeys(clock)
+    keys.press("KeyW", "w")
+    assert keys.read() == (frozenset("w"), 100.0) and keys.reread() is None
+    clock.now += 1
+    keys.press("KeyL", "l")
+    assert keys.reread() == (frozenset("wl"), 101.0) and keys.reread() is None
+    keys.release("KeyW")
+    keys.release("KeyL")
+    assert keys.reread() is None  # both were given for the first time: a chunk is the least that a key counts for
+    assert keys.read() == (frozenset(), 101.0)
+    keys.press("KeyA", "a")
+    keys.read(), keys.read()
+    clock.now += 1
+    keys.release("KeyA")
+    assert keys.reread() == (frozenset(), 102.0)
+    keys.press("KeyD", "d")
+    keys.release("KeyD")
+    assert keys.reread() == (frozenset("d"), 102.0) and keys.reread() is None
+    assert keys.read() == (frozenset(), 102.0)
+
+
 @pytest.mark.parametrize(
     ("event", "letter"),
     [
@@ -148,6 +171,12 @@ def test_read_tells_when_the_oldest_change_came():
 )
 def test_letters_of_events(event, letter):
     assert letter_of(event) == letter
+
+
+def test_arrows_look_and_where_one_cannot_look_up_they_walk():
+    keys = ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight")
+    assert "".join(letter_of({"key": key}) for key in keys) == "ikjl"
+    assert "".join(letter_of({"key": key}, "wasdjl") for key in keys) == "wsjl"
 
 
 # -- credit -----------------------------------------------------------------------------------------------------------
@@ -223,7 +252,7 @@ def test_the_first_part_of_a_chunk_is_shown_while_the_rest_is_made(running):
     session, viewer = FakeSession(chunk=3), Viewer()
     generate = session.generate
 
-    def stream(keys):
+    def stream(keys, newer):
         for part in np.split(generate(keys), 3):
             yield part
             first = read_number(part[0])
@@ -235,6 +264,72 @@ def test_the_first_part_of_a_chunk_is_shown_while_the_rest_is_made(running):
     numbers = viewer.numbers
     assert numbers == list(range(len(numbers)))
     assert playback.read_out().state == "playing"
+
+
+class Hesitant(FakeSession):
+    """Asks for newer keys once a chunk, after `before()`; other keys make it begin again."""
+
+    def __init__(self, before, **options):
+        super().__init__(**options)
+        self.before, self.begun = before, []
+
+    def stream(self, keys, newer):
+        self.before(self)
+        rows = newer()
+        self.begun.append((read_keys_of(keys), None if rows is None else read_keys_of(rows)))
+        yield self.generate(keys if rows is None else rows)
+
+
+def read_keys_of(rows):
+    return "".join(name for name, down in zip(KEYS, rows[0], strict=True) if down)
+
+
+def test_a_key_that_comes_just_after_a_chunk_began_still_counts(running):
+    viewer = Viewer()
+    session = Hesitant(lambda session: session.number == 8 and playback.held.press("KeyW", "w"))
+    playback = Playback(session, viewer, fps=40.0)
+    viewer.playback = playback
+    playback.start()
+    viewer.wait(lambda frames: read_number(frames[-1]) >= 16)
+    playback.stop()
+    assert session.begun[:4] == [("", None), ("", None), ("", "w"), ("w", None)]
+    assert [read_keys(frame) for frame in viewer.frames[:14]] == [""] * 9 + ["w"] * 5
+    assert viewer.numbers == list(range(len(viewer.numbers)))
+
+
+def test_a_chunk_that_is_well_under_way_or_scripted_is_kept(running):
+    viewer = Viewer()
+
+    def late(session):
+        if session.number == 4:
+            threading.Event().wait(0.06)  # more than a fifth of the 0.1 s that four pixel frames last
+            playback.held.press("KeyW", "w")
+        if session.number == 8:
+            playback.held.release("KeyW")
+
+    session = Hesitant(late)
+    playback = Playback(session, viewer, fps=40.0)
+    playback.play_keys("l-4")
+    viewer.playback = playback
+    playback.start()
+    viewer.wait(lambda frames: read_number(frames[-1]) >= 16)
+    playback.stop()
+    assert session.begun[0] == ("l", None) and session.begun[1] == ("", None)
+    assert session.begun[2] == ("w", None), "a key that was given for the first time stays"
+
+
+def test_another_chunk_length_begins_with_fresh_times(running):
+    session, viewer = FakeSession(seconds=0.05, chunk=3), Viewer()
+    playback = running(session, viewer, fps=200.0)
+    viewer.wait(lambda frames: len(frames) > 20)
+    assert playback.read_out().chunk_ms >= 50
+    session.seconds = 0.0
+    playback.request(lambda session: setattr(session, "chunk", 1))
+    count = len(viewer.frames)
+    viewer.wait(lambda frames: len(frames) > count + 24)
+    assert playback.read_out().chunk_ms < 30
+    numbers = viewer.numbers
+    assert numbers == list(range(len(numbers)))
 
 
 def test_a_silent_viewer_stops_the_world_and_a_returning_one_resumes_it(running):
@@ -520,6 +615,7 @@ def test_settings_reach_the_session(one_player):
     player = play(session, scenes=scenes).player
     player.panel.prompts.value = session.prompts[1]
     player.panel.steps.value = 2
+    player.panel.chunk.value = 3
     player.panel.seed.value = 7
     player.panel.scenes[1].click()
     for _ in range(300):
@@ -527,7 +623,9 @@ def test_settings_reach_the_session(one_player):
             break
         player.playback.acknowledge(player.playback.credit.sent)
         threading.Event().wait(0.01)
-    assert (session.prompt, session.steps, session.seed) == (session.prompts[1], 2, 7)
+    assert (session.prompt, session.steps, session.seed, session.chunk) == (session.prompts[1], 2, 7, 3)
+    player._refresh()
+    assert "3 a chunk" in player.panel.header.value
     assert session.start_image is scenes[1]
 
 

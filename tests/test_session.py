@@ -17,6 +17,7 @@ from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8, to_uint8
 from lingbot_nb.presets import MICRO
 from lingbot_nb.stream import session as session_module
+from lingbot_nb.stream.engine import StreamingDiT
 from lingbot_nb.stream.follow import Newest
 from lingbot_nb.stream.playback import play_script
 from lingbot_nb.stream.session import (
@@ -249,7 +250,7 @@ def test_state_through_a_file(make, tmp_path, chunk):
 def test_a_state_of_another_stream_is_refused_and_changes_nothing(make):
     session = make()
     session.step("w")
-    state = make(with_chunk(MICRO, 3)).state_dict()
+    state = make(replace(MICRO, stream=replace(MICRO.stream, relative=False))).state_dict()
     with pytest.raises(ValueError, match="stream"):
         session.load_state_dict(state)
     twin = make()
@@ -303,6 +304,38 @@ def test_window_and_sink_change_far_out_and_are_recorded(make, chunk):
     with pytest.raises(ValueError, match="cannot hold sink"):
         session.window = chunk - 1
     assert session.window == 3 + 2 * chunk
+
+
+def test_the_chunk_changes_in_mid_stream_and_the_past_stays(make, tmp_path):
+    session = make(steps=1)
+    frames = [session.first_frame[None], walk(session, "w", "l")]
+    past = session._cache.ordered(1)[0]
+    session.chunk = 3
+    assert (session.chunk, session.next_frames, session.window) == (3, 12, 4)
+    assert "3 frames a chunk" in session.about
+    assert torch.equal(session._cache.ordered(1)[0], past)
+    frames.append(walk(session, "w", "j"))
+    state = session.save(tmp_path / "state.safetensors")
+    session.chunk = 1
+    session.window = 2  # a past of longer chunks than the window holds is read in pieces
+    frames.append(walk(session, "d"))
+    again = list(replay(make(), Recording.load(session.recording().save(tmp_path / "walk.safetensors"))))
+    assert np.array_equal(np.concatenate(again), np.concatenate(frames))
+    loaded = make()
+    loaded.load(state)
+    assert loaded.chunk == 3
+    loaded.chunk, loaded.window = 1, 2
+    assert np.array_equal(walk(loaded, "d"), frames[-1])
+    with pytest.raises(ValueError, match="chunk 0"):
+        session.chunk = 0
+
+
+def test_a_chunk_that_the_window_cannot_hold_widens_it(make):
+    session = make(replace(MICRO, stream=replace(MICRO.stream, window=2)))
+    walk(session, "w", "l")
+    session.chunk = 3
+    assert session.window == 4
+    assert len(walk(session, "w")) == 12
 
 
 def clip(pixel_frames=9):
@@ -496,6 +529,29 @@ def test_a_stream_hands_out_each_latent_frame(make, chunk):
     assert streamed.pixel_frames == whole.pixel_frames == 1 + 8 * chunk
 
 
+@pytest.mark.parametrize(("chunk", "asked"), [(1, 0), (3, 0), (1, 1), (1, 2)])
+def test_a_chunk_begins_again_under_newer_keys(make, chunk, asked):
+    """As if it had been asked for them at once, whichever step had been done: frames, keys, and what follows."""
+    hasty, calm = (make(with_chunk(MICRO, chunk), steps=3) for _ in range(2))
+    walk(hasty, "w"), walk(calm, "w")
+    answers = iter([*[None] * asked, "l", *[None] * 3])
+    assert np.array_equal(np.concatenate(list(hasty.stream("w", lambda: next(answers)))), calm.generate("l"))
+    assert next(answers, "all asked") == "all asked"
+    assert np.array_equal(hasty.recording().keys, calm.recording().keys)
+    assert np.array_equal(walk(hasty, "w"), walk(calm, "w"))
+    with pytest.raises(ValueError, match="key 'q'"):
+        list(hasty.stream("w", lambda: "q"))
+    assert np.array_equal(walk(hasty, "w"), walk(calm, "w"))
+
+
+def test_on_a_cpu_the_streaming_network_plays(make, dit):
+    session = make()
+    assert session.dit is dit and isinstance(session._net, StreamingDiT)
+    other = DiT(MICRO.model).eval()
+    session.use(other)
+    assert session.dit is other and session._net.dit is other
+
+
 def test_a_session_computes_on_its_own_threads(make, monkeypatch):
     session, seen = make(), []
     session.threads = 1
@@ -540,6 +596,8 @@ def test_a_full_gpu_shortens_the_window_if_asked(make):
     assert np.array_equal(frames, short.step("l"))
     with pytest.raises(RuntimeError, match="cannot be shorter"):
         full(session, 1).step("l")
+    session.chunk = 2  # the chunk that failed had another length
+    assert len(session.step("l")) == 8
 
 
 def test_the_player_plays_and_records_a_real_session(make, tmp_path):
@@ -669,7 +727,8 @@ def test_sliders_and_clips_reach_the_session(make, watched):
     assert (panel.window.min, panel.window.value, panel.sink.max) == (4, 4, 3)
     panel.window.value = 9
     panel.sink.value = 2
-    player.wait(lambda: (session.window, session.sink) == (9, 2))
+    panel.chunk.value = 2
+    player.wait(lambda: (session.window, session.sink, session.chunk) == (9, 2, 2))
     assert "9" in panel.window_label.value
     panel.scenes[1].click()
     player.wait(lambda: len(session.recording().start) == 9 and session.pixel_frames > 20)

@@ -75,16 +75,26 @@ def _decode(bits: str) -> tuple[int, str]:
 def mark(session, note: Callable[..., None]):
     """Make `session` burn markers into its frames and tell `note(kind, keys)` when a chunk begins; returns it."""
     generate, numbers = session.generate, count(1)
-    parts = getattr(session, "stream", lambda keys: [generate(keys)])
+    parts = getattr(session, "stream", lambda keys, newer: [generate(keys)])
 
-    def marked(keys):
-        rows = np.asarray(keys) if isinstance(keys, np.ndarray) else held(keys)
-        rows = np.broadcast_to(rows, (session.next_frames, len(KEYS)))
-        note("chunk", "".join(name for name, down in zip(KEYS, rows[0], strict=True) if down))
-        row_of = iter(rows)
-        for frames in parts(keys):
+    def marked(keys, newer=lambda: None):
+        count, told = session.next_frames, []
+
+        def tell(keys) -> None:
+            rows = np.asarray(keys) if isinstance(keys, np.ndarray) else held(keys)
+            told[:] = np.broadcast_to(rows, (count, len(KEYS)))
+            note("chunk", "".join(name for name, down in zip(KEYS, told[0], strict=True) if down))
+
+        def asked():
+            keys = newer()
+            if keys is not None:
+                tell(keys)
+            return keys
+
+        tell(keys)
+        for frames in parts(keys, asked):
             for frame in frames:
-                burn(frame, next(numbers) % 2**NUMBER_BITS, next(row_of))
+                burn(frame, next(numbers) % 2**NUMBER_BITS, told.pop(0))
             yield frames
 
     session.stream = marked

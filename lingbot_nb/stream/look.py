@@ -272,9 +272,10 @@ def message(text: str, bad: bool = False) -> str:
 
 def key_help(available: str) -> str:
     """What the keys do."""
-    rows = [("walk", "WASD"), ("turn", "JL←→")]
-    if "i" in available:
-        rows.append(("look up, down", "IK"))
+    looks = "i" in available
+    rows = [("walk", "WASD" if looks else "WASD↑↓"), ("turn", "JL←→")]
+    if looks:
+        rows.append(("look up, down", "IK↑↓"))
     rows += [("pause", ["Space"]), ("start again", "R")]
     parts = [f"<span>{''.join(f'<kbd>{cap}</kbd>' for cap in caps)} {text}</span>" for text, caps in rows]
     return f'<div class="lb-help">{"".join(parts)}</div>'

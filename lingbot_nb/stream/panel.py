@@ -49,6 +49,8 @@ class Offer:
     seed: int
     height: int
     width: int
+    chunk: int | None = None
+    longest_chunk: int = 1
     window: int | None = None
     sink: int = 0
     shortest_window: int = 1
@@ -95,6 +97,10 @@ class Panel:
         self.prompt = w.Textarea(offer.prompt, rows=3, placeholder="What the world is like", continuous_update=False)
         self.prompt.tooltip = "Prompt: takes effect at the next chunk when you leave the box"
         self.steps, self.steps_label = _slider("Steps", offer.steps, 1, 4, "Denoising steps per chunk")
+        self.chunk, self.chunk_label = _slider(
+            "Chunk", offer.chunk or 1, 1, offer.longest_chunk,
+            "Latent frames made together: more keep up more easily, fewer answer keys sooner",
+        )  # fmt: skip
         self.window, self.window_label = _slider(
             "Window", offer.window or 0, offer.shortest_window, offer.longest_window,
             "Latent frames in sight: the cache is built anew",
@@ -135,11 +141,10 @@ class Panel:
             groups.append(_group("Scene", gallery))
         prompt = [self.prompts, self.prompt] if self.offer.prompts else [self.prompt]
         groups.append(_group("Prompt", *prompt))
-        groups.append(_group(self.steps_label, self.steps))
+        steps, chunk = _group(self.steps_label, self.steps), _group(self.chunk_label, self.chunk)
+        groups.append(steps if self.offer.chunk is None else _pair(steps, chunk))
         if self.offer.window is not None:
-            pair = _row(_group(self.window_label, self.window), _group(self.sink_label, self.sink))
-            pair.add_class("lb-pair-row")
-            groups.append(pair)
+            groups.append(_pair(_group(self.window_label, self.window), _group(self.sink_label, self.sink)))
         groups.append(_group("Seed", _row(self.seed, self.new_seed)))
         groups.append(_group("Play keys", self.script))
         groups.append(self.message)
@@ -165,6 +170,7 @@ class Panel:
             self.prompts,
             self.prompt,
             self.steps,
+            self.chunk,
             self.window,
             self.sink,
             self.seed,
@@ -192,6 +198,13 @@ def _slider(name: str, value: int, low: int, high: int, tooltip: str) -> tuple[w
 def _row(*children: w.Widget) -> w.Box:
     row = w.Box(children)
     row.add_class("lb-row")
+    return row
+
+
+def _pair(*groups: w.Widget) -> w.Box:
+    """Two controls beside each other."""
+    row = _row(*groups)
+    row.add_class("lb-pair-row")
     return row
 
 

@@ -22,6 +22,10 @@ HOLD_LIMIT = 10.0
 """Seconds without any key event after which held keys count as lost."""
 MARGIN = 0.02
 """Seconds by which a chunk is started earlier than its expected duration asks for."""
+RETHINK = 0.2
+"""Part of a chunk's playing time, from its start, in which it is begun again for a key that changes."""
+LONGEST_RETHINK = 0.1
+"""The same in seconds at most: by so much the picture may come late."""
 
 
 class HeldKeys:
@@ -33,7 +37,8 @@ class HeldKeys:
     key repeats, and lifting it ends the repeats although the others are still down: then `HOLD_LIMIT` holds. A key
     that is in truth still down comes back with its next repeat.
 
-    A key that was pressed and lifted between two reads still counts for one read: short taps are not lost.
+    A key that was pressed and lifted between two reads still counts for one read: short taps are not lost. Nor are
+    they when the reader has second thoughts (`reread`).
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -41,6 +46,7 @@ class HeldKeys:
         self._lock = threading.Lock()
         self._letters: dict[str, str] = {}
         self._tapped: set[str] = set()
+        self._given = self._given_before = frozenset[str]()
         self._last_event = clock()
         self._repeating = False
         self._changed_at: float | None = None
@@ -77,12 +83,27 @@ class HeldKeys:
         """Letters for the next chunk, and when the oldest change since the last read came in (None: no change)."""
         with self._lock:
             self._expire()
-            letters = frozenset(self._letters.values()) | self._tapped
-            changed_at, self._changed_at = self._changed_at, None
-            if self._tapped - set(self._letters.values()):
-                self._changed_at = self._clock()
-            self._tapped.clear()
-            return letters, changed_at
+            self._given_before = self._given
+            return self._give(frozenset())
+
+    def reread(self) -> tuple[frozenset[str], float | None] | None:
+        """What the last read should rather have given, now that some time has passed; None if that is the same.
+
+        Keys that it gave for the first time stay, also when they have been lifted.
+        """
+        with self._lock:
+            self._expire()
+            fresh = self._given - self._given_before
+            same = self._given == self._tapped.union(self._letters.values(), fresh)
+            return None if same else self._give(fresh)
+
+    def _give(self, more: frozenset[str]) -> tuple[frozenset[str], float | None]:
+        self._given = more.union(self._letters.values(), self._tapped)
+        changed_at, self._changed_at = self._changed_at, None
+        if self._given - set(self._letters.values()):  # lifted already: that counts from the next read on
+            self._changed_at = self._clock()
+        self._tapped.clear()
+        return self._given, changed_at
 
     def _expire(self) -> None:
         limit = REPEAT_LIMIT if self._repeating else HOLD_LIMIT
@@ -147,6 +168,17 @@ class Part:
     changed_at: float | None = None
 
 
+@dataclass
+class _Asked:
+    """What a chunk is made under: keys bool [n, 8], when the oldest change among them came, when it (last) began, and
+    until when it may begin again under others."""
+
+    keys: np.ndarray
+    changed_at: float | None
+    began: float
+    until: float
+
+
 @dataclass(frozen=True)
 class ReadOut:
     """What the player tells about itself. Times in milliseconds; NaN until there is something to tell."""
@@ -165,11 +197,11 @@ class Playback:
     """Runs a session at `fps` pixel frames a second and hands every pixel frame to `show(number, frame)`.
 
     The session needs `generate(keys) -> u8 [n, H, W, 3]`, `finish()`, `reset()`, `first_frame`, `next_frames` (how many
-    pixel frames the next call makes) and `last_timings`; with `stream(keys)` it hands them out part by part, and the
-    first are shown while the others are made. It is only ever touched by the model thread: use `request` to change it.
-    A session that can break while nothing is asked of it may have `check()`, which raises what is wrong and is called
-    twice a second. `show` runs in the presenter thread, as does `on_frame(frame, keys_8)`, called once per new pixel
-    frame.
+    pixel frames the next call makes) and `last_timings`. With `stream(keys, newer)` it hands them out part by part, and
+    the first are shown while the others are made; a chunk that has hardly begun may ask `newer()` for other keys. It is
+    only ever touched by the model thread: use `request` to change it. A session that can break while nothing is asked
+    of it may have `check()`, which raises what is wrong and is called twice a second. `show` runs in the presenter
+    thread, as does `on_frame(frame, keys_8)`, called once per new pixel frame.
     `credit.acknowledge` must be called as frames arrive at the viewer (without a viewer pass a Credit nobody waits on).
     """
 
@@ -188,7 +220,7 @@ class Playback:
         self._message = ""
         self._failed = False
         self._epoch = 0
-        self._left = 0
+        self._left = self._count = 0
         self._empty_at = 0.0
         self._due = 0.0
         self._generate_times: deque[float] = deque(maxlen=12)
@@ -351,31 +383,47 @@ class Playback:
             self._offer_still(epoch)
 
     def _make_chunk(self, epoch: int) -> None:
-        started = time.monotonic()
-        keys, changed_at = self._read_keys()
+        asked = self._ask(self.session.next_frames)
         at = 0
-        for frames in self._parts(keys):
+        for frames in self._parts(asked):
             if at == 0:
-                self._generate_times.append(time.monotonic() - started)
-            part = Part(frames, keys[at : at + len(frames)], epoch, at == 0, None if at else changed_at)
-            self._offer(part)
+                self._generate_times.append(time.monotonic() - asked.began)
+            keys = asked.keys[at : at + len(frames)]
+            self._offer(Part(frames, keys, epoch, at == 0, None if at else asked.changed_at))
             at += len(frames)
         self.session.finish()
-        busy = time.monotonic() - started
+        busy = time.monotonic() - asked.began
         self._busy = busy if not self._busy else 0.8 * self._busy + 0.2 * busy
 
-    def _parts(self, keys: np.ndarray) -> Iterable[np.ndarray]:
+    def _parts(self, asked: "_Asked") -> Iterable[np.ndarray]:
         stream = getattr(self.session, "stream", None)
-        return stream(keys) if stream else [self.session.generate(keys)]
+        return stream(asked.keys, partial(self._rethink, asked)) if stream else [self.session.generate(asked.keys)]
 
-    def _read_keys(self) -> tuple[np.ndarray, float | None]:
-        count = self.session.next_frames
+    def _ask(self, count: int) -> "_Asked":
+        """The newest keys for a chunk of `count` pixel frames."""
+        if count != self._count:  # what chunks of another length took says nothing about this one
+            self._count, self._busy = count, 0.0
+            self._generate_times.clear()
         with self._change:
             rows, self._script = self._script[:count], self._script[count:]
         names, changed_at = self.held.read()
-        now = np.repeat(held(names)[None], count, axis=0)
-        now[: len(rows)] = rows
-        return now, changed_at
+        keys = np.repeat(held(names)[None], count, axis=0)
+        keys[: len(rows)] = rows
+        now = time.monotonic()
+        until = now + min(RETHINK * count / self.fps, LONGEST_RETHINK) if not len(rows) else now
+        return _Asked(keys, changed_at, now, until)
+
+    def _rethink(self, asked: "_Asked") -> np.ndarray | None:
+        """Other keys for a chunk that has hardly begun; the picture comes a little late, and not a whole chunk."""
+        now = time.monotonic()
+        found = self.held.reread() if now < asked.until else None
+        if found is None:
+            return None
+        names, changed_at = found
+        asked.keys = np.repeat(held(names)[None], len(asked.keys), axis=0)
+        asked.changed_at = changed_at if asked.changed_at is None else asked.changed_at
+        asked.began = now
+        return asked.keys
 
     def _offer_still(self, epoch: int) -> None:
         still = np.asarray(self.session.first_frame)[None]
@@ -418,7 +466,7 @@ class Playback:
 
     def _interval(self) -> float:
         """Seconds between pixel frames: stretched when the model is slower than `fps`, so that motion stays even."""
-        return max(1 / self.fps, self._busy / max(self.session.next_frames, 1))
+        return max(1 / self.fps, self._busy / max(self._count, 1))
 
     def _plan(self, left: int, now: float) -> None:
         self._left = left

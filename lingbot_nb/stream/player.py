@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # they need torch, which a player of another session can do w
 
 __all__ = ["Player", "Recorder", "letter_of", "play", "play_script", "stop"]
 
-ARROWS = {"ArrowUp": "w", "ArrowDown": "s", "ArrowLeft": "j", "ArrowRight": "l"}
+ARROWS = {"ArrowUp": "i", "ArrowDown": "k", "ArrowLeft": "j", "ArrowRight": "l"}
+LEVEL = {"i": "w", "k": "s"}
+"""What the upper and lower arrow do in a world where one cannot look up and down."""
 TICK = 0.5
 """Seconds between read-outs."""
 
@@ -79,19 +81,22 @@ def stop() -> None:
         _current = None
 
 
-def _past_of(session) -> dict[str, int]:
-    """What the window and sink sliders may offer; nothing for a session whose past cannot be changed."""
-    window = getattr(session, "window", None)
-    if window is None:
-        return {}
-    return dict(
-        window=window,
-        sink=session.sink,
-        # With the longest sink too, so that no pair of values is refused.
-        shortest_window=session.longest_sink + session.preset.stream.chunk,
-        longest_window=session.longest_window,
-        longest_sink=session.longest_sink,
-    )
+def _stream_of(session) -> dict[str, int]:
+    """What the sliders of chunk, window and sink may offer; nothing for a session where those cannot be changed."""
+    offered, longest = {}, 1
+    if hasattr(session, "longest_chunk"):
+        longest = max(session.longest_chunk, session.chunk)
+        offered = dict(chunk=session.chunk, longest_chunk=longest)
+    if getattr(session, "window", None) is not None:
+        offered |= dict(
+            window=session.window,
+            sink=session.sink,
+            # With the longest chunk and sink too, so that no pair of values is refused.
+            shortest_window=session.longest_sink + longest,
+            longest_window=session.longest_window,
+            longest_sink=session.longest_sink,
+        )
+    return offered
 
 
 def _on_interrupt(handler):
@@ -104,14 +109,14 @@ def _on_interrupt(handler):
     return before
 
 
-def letter_of(event: dict) -> str | None:
-    """The movement letter that a browser key event means, or None.
+def letter_of(event: dict, known: str = KEYS) -> str | None:
+    """The movement letter that a browser key event means in a world that has the keys `known`, or None.
 
     The printed letter counts; on layouts without Latin letters the key's place does.
     """
     key, code = event.get("key", ""), event.get("code", "")
     if key in ARROWS:
-        return ARROWS[key]
+        return ARROWS[key] if ARROWS[key] in known else LEVEL.get(ARROWS[key])
     letter = key.lower()
     if not (letter.isascii() and letter.isalpha()) and code.startswith("Key"):
         letter = code[3:].lower()
@@ -170,14 +175,13 @@ class Player:
             session, self._show, fps=self.fps, held_keys=self.held, credit=Credit(window), on_frame=self._note
         )
         self.keys = getattr(session, "keys", KEYS)
-        self._about = getattr(session, "about", f"{session.shape.width} × {session.shape.height}")
         self._title = title
         self._scenes = list(scenes)
         self._prompts = list(prompts or getattr(session, "prompts", ()))
         stills = [scene if scene.ndim == 3 else scene[-1] for scene in self._scenes]
         offer = Offer(
-            title, self._about, self.keys, self._prompts, session.prompt, stills, session.steps, session.seed,
-            session.shape.height, session.shape.width, **_past_of(session),
+            title, self.about, self.keys, self._prompts, session.prompt, stills, session.steps, session.seed,
+            session.shape.height, session.shape.width, **_stream_of(session),
         )  # fmt: skip
         self.panel = Panel(offer)
         self.widget = self.panel.root
@@ -194,6 +198,12 @@ class Player:
         self._follower = self._follow(follow) if follow else None
         self._connect()
         self._refresh()
+
+    @property
+    def about(self) -> str:
+        """What is being played, in one line: settings change, so that it does too."""
+        shape = self.session.shape
+        return getattr(self.session, "about", f"{shape.width} × {shape.height}")
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -236,6 +246,7 @@ class Player:
         on(panel.prompts, lambda prompt: prompt and setattr(panel.prompt, "value", prompt))
         on(panel.prompt, lambda prompt: self.playback.request(lambda session: setattr(session, "prompt", prompt)))
         on(panel.steps, partial(self._choose, "steps"))
+        on(panel.chunk, partial(self._choose, "chunk"))
         on(panel.window, partial(self._choose, "window"))
         on(panel.sink, partial(self._choose, "sink"))
         on(panel.seed, self._choose_seed)
@@ -260,7 +271,7 @@ class Player:
         if event.get("ctrlKey") or event.get("altKey") or event.get("metaKey"):
             self.held.clear()  # the way out of the page: Alt+Tab, Ctrl+T, …
             return
-        code, letter = event.get("code") or event.get("key", ""), letter_of(event)
+        code, letter = event.get("code") or event.get("key", ""), letter_of(event, self.keys)
         if kind == "keyup":
             self.held.release(code)
         elif letter and letter in self.keys:
@@ -339,7 +350,7 @@ class Player:
             return
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         facts = dict(prompt=self.session.prompt, seed=self.session.seed, steps=self.session.steps,
-                     first_pixel_frame=self._shown, about=self._about)  # fmt: skip
+                     first_pixel_frame=self._shown, about=self.about)  # fmt: skip
         scale = max(1, round(480 / self.session.shape.width))
         try:
             with self._recording:
@@ -402,7 +413,7 @@ class Player:
         panel = self.panel
         state = "stopped" if words else now.state
         self._show_caps()
-        about = self._about if self._step is None else f"{self._about} · step {self._step:,}"
+        about = self.about if self._step is None else f"{self.about} · step {self._step:,}"
         self._set(panel.header, look.header(self._title, about, state, self._recorder is not None))
         self._set(panel.statistics, look.statistics(now.fps, now.latency_ms, now.waiting, now.chunk_ms))
         self._tell_shrunk()
@@ -418,6 +429,7 @@ class Player:
         """Show once that the session has shortened its window, because the GPU was full."""
         shrunk = getattr(self.session, "shrunk", False)
         if shrunk and not self._shrunk:
+            self.panel.window.min = min(self.panel.window.min, self.session.window)
             self.panel.window.value = self.session.window
             self.say(f"The GPU was full: the window is now {self.session.window} frames.", bad=True)
         self._shrunk = shrunk

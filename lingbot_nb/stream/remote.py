@@ -22,10 +22,11 @@ import numpy as np
 
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
-    "next_frames", "pixel_frames", "last_timings", "window", "sink", "longest_window", "longest_sink", "preset",
+    "next_frames", "pixel_frames", "last_timings", "chunk", "window", "sink", "longest_chunk", "longest_window",
+    "longest_sink", "preset",
 )  # fmt: skip
 """What is known of the far session without asking; sent along with every answer where it has changed."""
-KEPT = ("prompt", "steps", "window", "sink")
+KEPT = ("prompt", "steps", "chunk", "window", "sink")
 """Settings that a restarted session is given again."""
 READY_SECONDS = 600.0
 """Building a session may mean loading and compiling a large model."""

@@ -24,10 +24,11 @@ from lingbot_nb.control.keys import KEYS, check_keys, held
 from lingbot_nb.distill.flow import FewStep, few_steps
 from lingbot_nb.distill.forcing import gaussian
 from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
-from lingbot_nb.model.dit import Film
+from lingbot_nb.model.dit import DiT, Film
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import from_uint8, to_uint8
 from lingbot_nb.presets import FPS, LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings, VideoShape
+from lingbot_nb.stream.engine import StreamingDiT
 
 TINY_INTRINSICS = (66.67, 80.0, 80.0, 48.0)
 """fx, fy, cx, cy of the tiny world's pictures, at `TINY_SIZE`."""
@@ -39,6 +40,11 @@ ACT, CAM, TINY = 7, 6, 10
 
 LONGEST_WINDOW, LONGEST_SINK = 21, 3
 """Latent frames that a session remembers, so that window and sink can be changed in mid-stream."""
+LONGEST_CHUNK = 3
+"""Latent frames that a player offers to denoise together."""
+
+Newer = Callable[[], "Iterable[str] | np.ndarray | None"]
+"""Keys that a chunk which has just begun should rather be made under; None for those it was given."""
 
 SPARE = 0.95
 """Part of a chunk's playing time that may be spent on making it: the rest forgives a hiccup."""
@@ -65,10 +71,12 @@ class Recording:
     changes: tuple[tuple[int, dict], ...] = ()
     window: int | None = None
     sink: int = 0
+    chunk: int | None = None
+    """Latent frames a chunk at the start; None for the session's own."""
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, under a temporary name first."""
-        names = ("preset", "prompt", "seed", "steps", "changes", "window", "sink")
+        names = ("preset", "prompt", "seed", "steps", "changes", "window", "sink", "chunk")
         card = {name: getattr(self, name) for name in names}
         tensors = {
             "start": torch.from_numpy(self.start.copy()),
@@ -102,6 +110,19 @@ class _Written:
     @property
     def frames(self) -> int:
         return self.x0.shape[2]
+
+    def pieces(self, longest: int) -> "list[_Written]":
+        """The same frames as chunks of at most `longest`."""
+        controls = [None] * self.frames if self.control is None else self.control.split(longest, dim=2)
+        return [_Written(*pair) for pair in zip(self.x0.split(longest, dim=2), controls, strict=False)]
+
+
+class _Rekeyed(Exception):
+    """Other keys came while a chunk was being denoised."""
+
+    def __init__(self, keys):
+        super().__init__()
+        self.keys = keys
 
 
 class _Memory:
@@ -153,7 +174,7 @@ class Session:
     """
 
     fps = FPS
-    longest_window, longest_sink = LONGEST_WINDOW, LONGEST_SINK
+    longest_window, longest_sink, longest_chunk = LONGEST_WINDOW, LONGEST_SINK, LONGEST_CHUNK
 
     def __init__(self, preset: Preset, dit, vae, text, *, start_image, prompt: str, steps: int = 4, seed: int = 0,
                  device=None, dtype: torch.dtype | None = None, path: camera.LivePath | None = None):  # fmt: skip
@@ -260,30 +281,48 @@ class Session:
     def sink(self, sink: int) -> None:
         self._set_stream(sink=sink)
 
-    def _set_stream(self, **changes: int) -> None:
-        stream = replace(self.preset.stream, **changes)
-        if stream == self.preset.stream:
-            return
-        if stream.window is None or stream.window > LONGEST_WINDOW or stream.sink > LONGEST_SINK:
+    @property
+    def chunk(self) -> int:
+        """Latent frames denoised together. A new number counts from the next chunk; the window is widened if it could
+        not hold it."""
+        return self.preset.stream.chunk
+
+    @chunk.setter
+    def chunk(self, chunk: int) -> None:
+        self._set_stream(chunk=chunk, window=with_chunk(self.preset, chunk).stream.window)
+
+    def _set_stream(self, **wished: int | None) -> None:
+        old, stream = self.preset.stream, replace(self.preset.stream, **wished)
+        changes = {name: value for name, value in wished.items() if value != getattr(old, name)}
+        in_sight = bool(changes.keys() & {"window", "sink"})
+        if in_sight and (stream.window is None or stream.window > LONGEST_WINDOW or stream.sink > LONGEST_SINK):
             raise ValueError(
                 f"window {stream.window} and sink {stream.sink} cannot be set in mid-stream: use at most "
                 f"{LONGEST_WINDOW} and {LONGEST_SINK} frames"
             )
+        if not changes:
+            return
         self.finish()
-        self.shrunk = False
         self.preset = replace(self.preset, stream=stream)
-        self._rebuild()
+        if in_sight:
+            self.shrunk = False
+            self._rebuild()
+        else:
+            self._cache.sight = None  # that of a chunk which failed half-way has the old length
         self._changes.append((self.pixel_frames, changes))
 
     @torch.inference_mode()
     def _rebuild(self) -> None:
         """A cache of the present window and sink, filled by clean passes over the chunks it can see.
 
-        They are numbered anew: the sink's frames, then the latest ones right behind them.
+        They are numbered anew: the sink's frames, then the latest ones right behind them. A chunk that was made under a
+        wider window than there is now is written in pieces.
         """
         self._cache = self._new_cache()
+        room = LONGEST_WINDOW if self.window is None else self.window - self.sink
         for chunk in self._memory.seen_by(self.window, self.sink):
-            write_clean(self.dit, chunk.x0, **self._inputs(chunk.frames, chunk.control))
+            for piece in chunk.pieces(room):
+                write_clean(self._net, piece.x0, **self._inputs(piece.frames, piece.control))
 
     def _new_cache(self) -> KVCache:
         preset = self.preset
@@ -331,12 +370,14 @@ class Session:
 
     def _set_dit(self, dit) -> None:
         self.dit = _placed(dit, self.device, self.dtype).eval()
+        on_cpu = self.device.type == "cpu" and isinstance(self.dit, DiT)
+        self._net = StreamingDiT(self.dit) if on_cpu else self.dit
         self._filmed: tuple[Tensor, Film] | None = None
 
     def _set_prompt(self, prompt: str) -> None:
         with torch.no_grad():
             states = self.text.encode(prompt).to(self.device, self.dtype)
-            self._words = self.dit.text(states[None])
+            self._words = self._net.text(states[None])
         self._prompt = prompt
 
     def _set_steps(self, steps: int) -> None:
@@ -399,7 +440,8 @@ class Session:
         self._decoder.reset()
         self.path.reset()
         self._log, self._changes, self._pending, self._memory = bytearray(), [], None, _Memory()
-        self._origin = {"prompt": self._prompt, "steps": self._steps, "window": self.window, "sink": self.sink}
+        settings = ("prompt", "steps", "window", "sink", "chunk")
+        self._origin = {name: getattr(self, name) for name in settings}
         self.first_frame = self._prime() if self._starts_known else self._start[0]
         self.last_frame = self.first_frame
 
@@ -423,7 +465,7 @@ class Session:
         return to_uint8(frames)[0, -1].cpu().numpy()
 
     def _write(self, chunk: _Written, film=None) -> None:
-        write_clean(self.dit, chunk.x0, **self._inputs(chunk.frames, chunk.control, film))
+        write_clean(self._net, chunk.x0, **self._inputs(chunk.frames, chunk.control, film))
         self._memory.add(chunk)
 
     def _inputs(self, frames: int, control: Tensor | None, film=None) -> dict:
@@ -435,9 +477,9 @@ class Session:
     def _film(self, control: Tensor | None):
         """What the layers take from the camera. While the keys stay as they are it is that of the chunk before."""
         if control is None or self.device.type != "cpu":  # comparing would make the host wait for a GPU
-            return camera_of(self.dit, control)
+            return camera_of(self._net, control)
         if self._filmed is None or not torch.equal(self._filmed[0], control):
-            self._filmed = control, camera_of(self.dit, control)
+            self._filmed = control, camera_of(self._net, control)
         return self._filmed[1]
 
     def step(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
@@ -454,15 +496,16 @@ class Session:
         return np.concatenate(list(self.stream(keys)))
 
     @torch.inference_mode()
-    def stream(self, keys: Iterable[str] | np.ndarray) -> Iterator[np.ndarray]:
+    def stream(self, keys: Iterable[str] | np.ndarray, newer: Newer | None = None) -> Iterator[np.ndarray]:
         """`generate`, handing out the pixel frames of each latent frame as soon as they are decoded.
 
-        A chunk counts as made when its last pixel frames have been taken.
+        `newer()` is asked after each denoising step and may give other keys: then the chunk begins again, from the same
+        noise, and is what it would have been under them. A chunk counts as made when its last pixel frames have been
+        taken.
         """
         self.finish()
-        rows = self._rows(keys)
         timings: dict[str, float] = {}
-        x0, frames, written = self._begin_chunk(rows, timings)
+        rows, x0, frames, written = self._begin_chunk(self._rows(keys), timings, newer)
         yield frames
         for latent in x0.split(1, dim=2)[1:]:
             frames = self._decode(latent, timings)
@@ -471,26 +514,41 @@ class Session:
         self._log.extend(rows.tobytes())
         self.last_frame, self.last_timings = frames[-1], timings
 
-    def _begin_chunk(self, rows: np.ndarray, timings: dict[str, float]):
-        """`_denoise` and the first latent frame decoded; where the device is full, once more with room made for it."""
+    def _begin_chunk(self, rows: np.ndarray, timings: dict[str, float], newer: Newer | None):
+        """The keys that count, and `_denoised` under them: begun again when the keys have changed meanwhile and, once
+        room has been made, where the device is full."""
         path, noise = (self.path.frames, self.path.pitch), self._generator.get_state()
-        try:
-            return self._denoised(rows, timings)
-        except torch.OutOfMemoryError as error:
-            full = error.with_traceback(None)  # which would keep the failed chunk's tensors alive
-        self.path.frames, self.path.pitch = path
-        self._generator.set_state(noise)
-        self._make_room(full)
-        return self._denoised(rows, timings)
+        while True:
+            try:
+                return rows, *self._denoised(rows, timings, newer)
+            except _Rekeyed as change:
+                keys, full = change.keys, None
+            except torch.OutOfMemoryError as error:
+                keys, full = rows, error.with_traceback(None)  # which would keep the failed chunk's tensors alive
+            self.path.frames, self.path.pitch = path
+            self._generator.set_state(noise)
+            if full is not None:
+                self._make_room(full)
+            rows = self._rows(keys)
 
-    def _denoised(self, rows: np.ndarray, timings: dict[str, float]):
+    def _denoised(self, rows: np.ndarray, timings: dict[str, float], newer: Newer | None):
         """x0 [1, 16, f, h, w], its first pixel frames, and what the clean pass will be given."""
+
+        def ask() -> None:
+            if newer is not None and (keys := newer()) is not None:
+                raise _Rekeyed(keys)
+
+        def renoise(x0: Tensor) -> Tensor:
+            ask()
+            return gaussian(x0, self._generator)
+
         with self.on_threads():
             with self._timed(timings, "control"):
                 control = self._control(rows)
-                shared = self._inputs(self.preset.stream.chunk, control)
+                shared = self._inputs(self.chunk, control)
             with self._timed(timings, "denoise"):
-                x0 = denoise_chunk(self.dit, self._noise(), self._schedule, renoise=self._renoise, **shared)
+                x0 = denoise_chunk(self._net, self._noise(), self._schedule, renoise=renoise, **shared)
+            ask()
         return x0, self._decode(x0[:, :, :1], timings), (_Written(x0, control), shared["camera"])
 
     def _decode(self, latents: Tensor, timings: dict[str, float]) -> np.ndarray:
@@ -554,9 +612,6 @@ class Session:
         size = (1, LATENT_CHANNELS, self.preset.stream.chunk, shape.latent_height, shape.latent_width)
         return torch.randn(size, generator=self._generator).to(self.device)
 
-    def _renoise(self, x0: Tensor) -> Tensor:
-        return gaussian(x0, self._generator)
-
     @contextmanager
     def _timed(self, timings: dict[str, float], name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -594,6 +649,7 @@ class Session:
             tuple(self._changes),
             self._origin["window"],
             self._origin["sink"],
+            self._origin.get("chunk"),  # a state that was saved before chunks could change has none
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -659,10 +715,10 @@ class Session:
 
     def _check_card(self, card: dict) -> None:
         mine, theirs = self._card(), dict(card)
-        # Window and sink are settings that the state brings along; the rest of the stream is the model's.
+        # Chunk, window and sink are settings that the state brings along; the rest of the stream is the model's.
         for entry in (mine, theirs):
             stream = entry.get("stream") or {}
-            entry["stream"] = {name: value for name, value in stream.items() if name not in ("window", "sink")}
+            entry["stream"] = {name: value for name, value in stream.items() if name not in ("chunk", "window", "sink")}
         for name in ("preset", "stream", "model", "shape"):
             if theirs.get(name) != mine[name]:
                 raise ValueError(
@@ -687,7 +743,7 @@ def replay(session: Session, recording: Recording) -> Iterator[np.ndarray]:
         raise ValueError(f"the recording is of preset '{recording.preset}', the session of '{session.preset.name}'")
     session._set_prompt(recording.prompt)
     session._set_steps(recording.steps)
-    session._set_stream(window=recording.window, sink=recording.sink)
+    session._set_stream(chunk=recording.chunk or session.chunk, window=recording.window, sink=recording.sink)
     session.seed = recording.seed
     begun = len(recording.start)
     session.start_clip(recording.start, np.pad(recording.keys[: begun - 1], ((1, 0), (0, 0))))
