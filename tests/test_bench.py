@@ -99,7 +99,7 @@ def test_shapes_come_from_headers_alone(tmp_path):
 
 
 def test_damaged_headers_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no safetensors"):
+    with pytest.raises(FileNotFoundError, match="holds no DiT weights"):
         arch.read_shapes(tmp_path)
     file = tmp_path / "weights.safetensors"
     for content in (b"", b"abc", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 4) + b"\xff\xfe{}"):
@@ -115,8 +115,37 @@ def test_damaged_headers_are_named(tmp_path):
 def test_a_folder_with_two_models_is_refused(tmp_path):
     for name in ("one", "two"):
         save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match="mixes two models"):
+    with pytest.raises(ValueError, match="a lies in one.safetensors and in two.safetensors"):
         arch.read_shapes(tmp_path)
+
+
+def test_checkpoints_under_other_names_are_the_same_network(tmp_path):
+    theirs = {"condition_embedder.time_proj.weight": torch.zeros(6, 2), "blocks.0.attn2.to_out.0.bias": torch.zeros(2)}
+    ours = {"model.patch_embedding.weight": torch.zeros(2), "model.time_projection.1.weight": torch.zeros(6, 2)}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    save_file(ours, tmp_path / "ours.safetensors")
+    found = arch.diff(*(arch.read_shapes(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours")))
+    assert found.same == ("time_projection.1.weight",)
+    assert (found.only_first, found.only_second) == (("blocks.0.cross_attn.o.bias",), ("patch_embedding.weight",))
+
+
+def test_changes_are_relative_and_by_part(tmp_path):
+    names = ("blocks.0.ffn.0.weight", "blocks.1.ffn.2.bias", "blocks.0.self_attn.q.weight", "head.modulation")
+    before = {name: torch.randn(5, 7) for name in names}
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    after[names[0]] += 0.25
+    after[names[3]] = torch.zeros(2)
+    after["patch_embedding_wancamctrl.bias"] = torch.ones(3)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    save_file({name: before[name] for name in names[:2]}, folder / "model-00001-of-00002.safetensors")
+    save_file({name: before[name] for name in names[2:]}, folder / "model-00002-of-00002.safetensors")
+    save_file(after, tmp_path / "after.safetensors")
+    found = arch.changes(folder, tmp_path / "after.safetensors")
+    size = torch.cat([before[name] for name in names[:2]]).norm().item()
+    assert found.keys() == {"feed-forward", "self-attention"}
+    assert found["feed-forward"].parameters == 70 and found["self-attention"] == arch.Change(35, 0.0)
+    assert found["feed-forward"].relative == pytest.approx(0.25 * 35**0.5 / size, rel=1e-5)
 
 
 def test_measure_counts_runs_and_orders_percentiles():

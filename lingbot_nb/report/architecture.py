@@ -1,15 +1,16 @@
-"""What the network is made of and what it costs, from names and shapes alone: no weights are ever read.
+"""What the network is made of and what it costs, from names and shapes alone; only `changes` reads weights.
 
 FLOP formulas count one multiply-add as 2; softmax, norms, element-wise work, patch embedding, time and text MLPs and
 the head are left out (under 1 % at 14B). This module knows nothing of time on a clock: see `bench`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lingbot_nb.model import shards
+from lingbot_nb.model import released, shards
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import ModelSize, StreamSettings, VideoShape
 
@@ -66,6 +67,14 @@ class Diff:
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 
+@dataclass(frozen=True)
+class Change:
+    """Numbers compared, and how far they moved together: |second - first| / |first| (infinite where all were zero)."""
+
+    parameters: int
+    relative: float
+
+
 def part_of(name: str) -> str:
     """The part of the network (one of PARTS) that a parameter belongs to; ValueError for an unknown name."""
     for part, pattern in _RULES:
@@ -97,21 +106,12 @@ def total(shapes: Mapping[str, Sequence[int]]) -> Count:
 
 
 def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a safetensors file, or of all of them in a folder, from the headers alone.
+    """Name -> shape of a DiT's weight file or folder, under the release's names, from the headers alone.
 
-    Raises FileNotFoundError when there is none, ValueError when a header is damaged or two shards share a name.
+    Raises FileNotFoundError when there is none, ValueError when a header is damaged, two shards share a name, or the
+    folder holds two experts (name one of their folders).
     """
-    path = Path(path).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"no safetensors at {path}: give a .safetensors file or a folder that holds some")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        header = {name: entry.shape for name, entry in shards.header(file).items()}
-        if twice := shapes.keys() & header.keys():
-            raise ValueError(f"{file} repeats tensor '{min(twice)}' of another shard: the folder mixes two models")
-        shapes |= header
-    return shapes
+    return released.find_one(Path(path).expanduser()).shapes
 
 
 def diff(first: Mapping[str, Sequence[int]], second: Mapping[str, Sequence[int]]) -> Diff:
@@ -123,6 +123,29 @@ def diff(first: Mapping[str, Sequence[int]], second: Mapping[str, Sequence[int]]
         tuple(sorted(second.keys() - first.keys())),
         tuple((n, tuple(first[n]), tuple(second[n])) for n in shared if tuple(first[n]) != tuple(second[n])),
     )
+
+
+def changes(first: Path | str, second: Path | str) -> dict[str, Change]:
+    """By part, how far the tensors that two checkpoints share (same name, same shape) moved from first to second.
+
+    Reads both from end to end, one tensor of each at a time. Errors: those of `read_shapes`, and ValueError for
+    quantised tensors.
+    """
+    one, other = (released.find_one(Path(path).expanduser()) for path in (first, second))
+    shared = {name for name, shape in one.shapes.items() if other.shapes.get(name) == shape}
+    sums = {part: [0, 0.0, 0.0] for part in PARTS}
+    for file in one.files:
+        names = {theirs: ours for theirs, ours in one.of_file(file).items() if ours in shared}
+        for name, before in shards.tensors(file, names):
+            place = other.places[names[name]]
+            ((_, after),) = shards.tensors(place.file, [place.name])
+            row = sums[part_of(names[name])]
+            row[0] += before.numel()
+            row[1] += (after.float() - before.float()).norm().item() ** 2
+            row[2] += before.float().norm().item() ** 2
+    return {
+        part: Change(n, math.sqrt(moved / size) if size else math.inf) for part, (n, moved, size) in sums.items() if n
+    }
 
 
 def fold_layers(names: Iterable[str]) -> dict[str, int]:
