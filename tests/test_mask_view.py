@@ -9,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lingbot_nb.model.kv_cache import KVCache
-from lingbot_nb.presets import MICRO, TINY, StreamSettings
+from lingbot_nb.presets import LINGBOT, MICRO, TINY, StreamSettings
 from lingbot_nb.report import mask_view
 from lingbot_nb.report.mask_view import Choice
 
@@ -55,6 +55,25 @@ def test_every_kind_draws(kind):
     assert np.asarray(panels[0].images[0].get_array()).shape[:2] == (side, side)
     seen = {"full": 6}.get(kind, 5)
     assert panels[1].get_title(loc="left") == f"a query in frame 3 sees {seen} of 6 frames"
+
+
+def test_the_clock_times_the_choice_and_refuses_long_ones():
+    lines = mask_view.clock(Choice(4, 3, StreamSettings(1, 3, 1), "teacher forcing"), MICRO.model).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["no mask", "dense mask", "ranges"]
+    assert lines[-1].startswith("One layer, 24 tokens, width 48, fp32, cpu")
+    sentence = mask_view.clock(Choice(21, 1560, StreamSettings(3, 9, 3)), LINGBOT.model)
+    assert sentence.startswith("32,760 tokens take too long")
+
+
+def test_a_ticked_box_times_every_choice(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mask_view, "clock", lambda choice, size, device: asked.append(choice.frames) or "")
+    widget = mask_view.explorer(Choice(6, 2, StreamSettings(1, 4, 1)), TINY.model)
+    controls = {child.description: child for child in widget.children[0].children}
+    controls["frames"].value = 7
+    controls["time it here"].value = True
+    controls["frames"].value = 8
+    assert asked == [7, 8]
 
 
 def test_sliders_say_what_contradicts(capsys):

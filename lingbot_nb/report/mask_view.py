@@ -1,6 +1,7 @@
-"""One picture and one table for a choice of mask: what is seen, what the cache holds, what it saves; with sliders.
+"""One picture and two tables for a choice of mask: what is seen, what the cache holds, what it saves; with sliders.
 
-Knows masks and the ring's slots, and no weights. Used by the mask notebook.
+Knows masks and the ring's slots, and no weights: what is timed here is attention over random numbers. Used by the mask
+notebook.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,13 +9,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lingbot_nb.model import masks
 from lingbot_nb.model.kv_cache import Ring
 from lingbot_nb.presets import ModelSize, StreamSettings
-from lingbot_nb.report import figures
+from lingbot_nb.report import bench, figures
 from lingbot_nb.report.architecture import markdown_table
 
 
@@ -135,6 +137,23 @@ def numbers(choice: Choice, size: ModelSize, value_bytes: int = 2) -> str:
     return markdown_table(("", "everything", "this choice", "saved"), rows)
 
 
+TIMED_TOKENS = 4096
+"""The longest sequence that `clock` takes: on two CPU cores the tiny preset's attention over it takes a second."""
+
+
+def clock(choice: Choice, size: ModelSize, device: torch.device | str = "cpu") -> str:
+    """Markdown: what one layer's attention under the choice takes on this machine, and the same without the mask.
+
+    Sequences above TIMED_TOKENS get a sentence instead: nobody waits for a slider.
+    """
+    length = choice.mask().frames[0] * choice.tokens
+    if length > TIMED_TOKENS:
+        return f"{length:,} tokens take too long to time here: choose frames and tokens for {TIMED_TOKENS:,} at most."
+    times = bench.attention_times(size, choice.mask(), choice.tokens, repeats=5, device=device)
+    where = f"{torch.device(device).type}, {torch.get_num_threads()} threads"
+    return f"{bench.stage_table(times)}\n\nOne layer, {length:,} tokens, width {size.dim}, fp32, {where}."
+
+
 def _with_unit(value: float, unit: str) -> str:
     """Three digits and a decimal prefix: 645.9e12 FLOP -> "646 TFLOP"."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -143,17 +162,21 @@ def _with_unit(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def show(choice: Choice, size: ModelSize, query: int | None = None) -> None:
-    """Display the picture, then the table."""
+def show(
+    choice: Choice, size: ModelSize, query: int | None = None, *, device: torch.device | str | None = None
+) -> None:
+    """Display the picture, then the table; with a `device` also what its clock says."""
     from IPython.display import Markdown, display
 
     figure = draw(choice, query)
     display(figure, Markdown(numbers(choice, size)))
     plt.close(figure)
+    if device is not None:
+        display(Markdown(clock(choice, size, device)))
 
 
-def explorer(choice: Choice, size: ModelSize):
-    """Sliders over `draw` and `numbers`, starting from `choice`; needs ipywidgets and a front end.
+def explorer(choice: Choice, size: ModelSize, device: torch.device | str = "cpu"):
+    """Sliders over `draw`, `numbers` and, where ticked, `clock`, from `choice` on; needs ipywidgets and a front end.
 
     Returns the widget: display it. A contradiction between sliders is said in a sentence in place of the picture.
     """
@@ -172,12 +195,13 @@ def explorer(choice: Choice, size: ModelSize):
         "sink": slider("sink", settings.sink, 0, 8),
         "image_first": widgets.Checkbox(settings.image_first, description="image first"),
         "query": slider("query frame", choice.frames - 1, 0, 31),
+        "timed": widgets.Checkbox(False, description="time it here"),
     }
 
-    def redraw(kind, frames, tokens, chunk, window, sink, image_first, query):
+    def redraw(kind, frames, tokens, chunk, window, sink, image_first, query, timed):
         try:
             chosen = StreamSettings(chunk, window or None, sink, settings.relative, image_first)
-            show(Choice(frames, tokens, chosen, kind), size, query)
+            show(Choice(frames, tokens, chosen, kind), size, query, device=device if timed else None)
         except ValueError as contradiction:
             print(contradiction)
 
