@@ -195,6 +195,13 @@ def test_the_picture_is_the_sessions_own(page, place, over):
     assert np.abs(wrong[at].astype(int) - shown).mean() > 4 * error
 
 
+def test_a_screen_reader_finds_names(page):
+    for role, name in (("button", "Pause"), ("button", "Another seed"), ("textbox", "Prompt"), ("spinbutton", "Seed"),
+                       ("combobox", "Ready-made prompts"), ("textbox", "Play keys")):  # fmt: skip
+        assert page.get_by_role(role, name=name, exact=False).count() == 1, name
+    assert page.get_by_role("img", name="keys held").count() == 1
+
+
 def test_the_chunk_changes_while_playing(page, place):
     handle = page.locator(".lb-side .noUi-handle").nth(1)
     handle.focus()

@@ -90,7 +90,7 @@ STYLE = """<style>
 .lb-strip { display: grid; gap: 4px; }
 .lb-strip figure { margin: 0; min-width: 0; }
 .lb-strip img, .lb-strip i { display: block; width: 100%; border-radius: 3px; background: var(--lb-well); }
-.lb-strip figcaption { display: flex; justify-content: space-between; font-size: 10px; line-height: 1.6;
+.lb-strip figcaption { display: flex; gap: 6px; font-size: 10px; line-height: 1.6;
   color: var(--lb-soft); font-variant-numeric: tabular-nums; }
 .lb-strip figcaption b { color: var(--lb-ink); font-weight: 600; }
 
@@ -102,6 +102,10 @@ STYLE = """<style>
 .lb-scenes > .widget-button:hover { outline-color: var(--lb-line); box-shadow: none; }
 .lb-scenes > .widget-button:focus-visible, .lb-scenes > .widget-button.lb-chosen { outline-color: var(--lb-brand); }
 .lb-side .widget-button { border-radius: 4px; margin: 0; }
+/* Names for screen readers; what is seen stands above the control, or is a picture. */
+.lb-side .widget-label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.lb-side .lb-unwritten { font-size: 0; display: flex; align-items: center; justify-content: center; }
+.lb-side .lb-unwritten > i { font-size: 13px; margin: 0; }
 .lb-side .widget-text, .lb-side .widget-textarea, .lb-side .widget-dropdown, .lb-side .widget-slider {
   width: 100%; margin: 0; }
 .lb-side select, .lb-side input, .lb-side textarea { border-radius: 4px !important; }

@@ -93,8 +93,11 @@ class Panel:
     def _build_controls(self) -> None:
         offer = self.offer
         self.scenes = [self._scene(index) for index in range(len(offer.scenes))]
-        self.prompts = w.Dropdown(options=[("choose a prompt …", ""), *((_short(p), p) for p in offer.prompts)])
-        self.prompt = w.Textarea(offer.prompt, rows=3, placeholder="What the world is like", continuous_update=False)
+        prompts = [("choose a prompt …", ""), *((_short(p), p) for p in offer.prompts)]
+        self.prompts = w.Dropdown(options=prompts, description="Ready-made prompts")
+        self.prompt = w.Textarea(
+            offer.prompt, rows=3, placeholder="What the world is like", description="Prompt", continuous_update=False
+        )
         self.prompt.tooltip = "Prompt: takes effect at the next chunk when you leave the box"
         self.steps, self.steps_label = _slider("Steps", offer.steps, 1, 4, "Denoising steps per chunk")
         self.chunk, self.chunk_label = _slider(
@@ -108,10 +111,12 @@ class Panel:
         self.sink, self.sink_label = _slider(
             "Sink", offer.sink, 0, offer.longest_sink, "First latent frames that stay in sight: the cache is built anew"
         )
-        self.seed = w.IntText(offer.seed, continuous_update=False, layout=w.Layout(flex="1 1 auto", width="auto"))
+        wide = w.Layout(flex="1 1 auto", width="auto")
+        self.seed = w.IntText(offer.seed, description="Seed", continuous_update=False, layout=wide)
         self.seed.tooltip = "Seed: start again with it"
-        self.new_seed = _button("", "Another seed, start again", icon="random", width="40px")
-        self.script = w.Text("", placeholder="w-40,jl-20,none-8", continuous_update=False)
+        self.new_seed = _button("Another seed", "Another seed, start again", icon="random", width="40px")
+        self.new_seed.add_class("lb-unwritten")
+        self.script = w.Text("", placeholder="w-40,jl-20,none-8", description="Play keys", continuous_update=False)
         self.script.tooltip = "Keys to play by themselves: letters, a hyphen, pixel frames; Enter plays them"
         self.pause = _button("Pause", "Pause or go on (Space)", icon="pause")
         self.restart = _button("Reset", "Start again from the start image (R)", icon="undo")
@@ -119,8 +124,9 @@ class Panel:
         self.message = w.HTML()
 
     def _scene(self, index: int) -> w.Button:
-        button = _button("", f"Start from scene {index + 1}")
+        button = _button(f"Scene {index + 1}", f"Start from scene {index + 1}")
         button.add_class(f"lb-scene-{index}")
+        button.add_class("lb-unwritten")
         return button
 
     def _main(self) -> w.VBox:
