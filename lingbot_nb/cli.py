@@ -235,7 +235,8 @@ def _add_bench_stream(benches) -> None:
     add("--chunks", type=_positive, default=20, help="chunks that are timed (default: 20)")
     add("--plain-chunks", type=int, default=2, help="chunks of the plain path that are timed; 0 leaves it out")
     add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, the faster one on a CPU")
-    for name, what in (("compile", "torch.compile"), ("graph", "CUDA graphs"), ("join", "q, k and v as one product")):
+    without = {"compile": "torch.compile", "graph": "CUDA graphs", "join": "q, k and v as one product"}
+    for name, what in {**without, "kernel": "our own kernel for norm, rotation and cache write"}.items():
         add(f"--no-{name}", action="store_true", help=f"without {what}")
     add("--fp8", action="store_true", help="products in 8-bit floating point")
     add("--fp8-attention", action="store_true", help="self-attention and its cache in 8-bit floating point as well")

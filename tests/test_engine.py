@@ -8,18 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from micro_world import SIZE, random_dit
 from torch import nn
 
 from lingbot_nb.distill.flow import few_steps
 from lingbot_nb.distill.launch import launch
-from lingbot_nb.model import fp8, fp8_attention
+from lingbot_nb.model import fp8, fp8_attention, turn_kernel
 from lingbot_nb.model.attention import attend_reference
 from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.fp8 import E4M3
 from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
-from lingbot_nb.model.fused import SigmoidGELU
+from lingbot_nb.model.fused import ALONE, Raw, SigmoidGELU
 from lingbot_nb.model.graph import Compiler
 from lingbot_nb.model.kv_cache import KVCache
+from lingbot_nb.model.rope import apply_rope, fresh_rope_table
 from lingbot_nb.model.taehv import TAEHV
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, to_uint8
 from lingbot_nb.presets import LINGBOT, MICRO, StreamSettings
@@ -399,7 +402,7 @@ def test_a_large_gpu_is_not_told_anything():
 def test_two_processes_with_half_the_heads_each_play_the_same_stream(tmp_path):
     rows = list(launch("engine_target:distances", processes=2, folder=tmp_path))
     # Keys of the sink cross over as 8 bits where attention has 8 bits.
-    assert len(rows) == 8 and all(row["far"] < (0.02 if row["small"] else 2e-6) for row in rows)
+    assert len(rows) == 16 and all(row["far"] < (0.02 if row["small"] else 2e-6) for row in rows)
     assert all(row["heads"] == SIZE.heads // 2 for row in rows)
 
 
@@ -414,6 +417,63 @@ def test_recorded_engine_is_the_plain_path(settings):
     assert engine._denoise._recordings
 
 
+def written_plainly(raw, table, to, slots=None):
+    """What `turn_kernel.norm_turn_write` does, step by step."""
+    parts, _, heads, head_dim = to[0].shape
+    q, k, v = (x[0].float() for x in (raw.q, raw.k, raw.v))
+    q, k = (
+        (F.rms_norm(x, x.shape[-1:], eps=raw.eps).to(raw.q.dtype) * norm)
+        for x, norm in ((q, raw.norm_q), (k, raw.norm_k))
+    )
+    q, k, v = (x.to(raw.q.dtype).unflatten(1, (parts * heads, head_dim)) for x in (q, k, v))
+    rows = torch.arange(len(q), device=q.device)
+    for x, place, at in ((q, to[0], rows), (k, to[1], slots), (v, to[2], slots)):
+        x = x if x is v else apply_rope(x[None], table)[0]
+        if place.dtype == torch.uint8:
+            x = lowered(x, SCALE if place is to[2] else 1.0).view(torch.uint8)
+        place[:, rows if at is None else at] = x.unflatten(1, (parts, heads)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_kernel_gets_all_it_needs_to_take_the_place_of_norm_rotation_and_write(fp8, merge):
+    world = World(StreamSettings(2, 7, 1, relative=True, image_first=False), 9, dtype=torch.bfloat16)
+    speed = replace(SLOW, merge=merge, fp8_attention=fp8)
+    calls = []
+
+    def kernel(*given):
+        calls.append(given)
+        written_plainly(*given)
+
+    once, other = world.play(world.engine(speed)), world.play(world.engine(speed, share=ALONE.using(kernel=kernel)))
+    assert calls and far(once, other) < 1e-2
+    # fp32 norms of bf16 numbers may round another way; all else is the same arithmetic.
+    assert far(once, other) < 1e-6 or fp8
+
+
+@GPU
+@pytest.mark.parametrize(("heads", "head_dim"), [(40, 128), (12, 128), (2, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_the_kernel_of_norm_rotation_and_write_is_the_plain_one(heads, head_dim, dtype):
+    make = torch.Generator("cuda").manual_seed(0)
+    tokens, dim = 3 * 20, heads * head_dim
+    qkv = torch.randn(1, tokens, 3 * dim, generator=make, device="cuda").to(torch.bfloat16)
+    norms = [torch.randn(dim, generator=make, device="cuda").to(torch.bfloat16) for _ in range(2)]
+    raw = Raw(*qkv.chunk(3, -1), *norms, 1e-6)
+    table = fresh_rope_table(range(7, 10), (4, 5), head_dim, "cuda")
+    slots = torch.randperm(100, generator=make, device="cuda")[:tokens]
+    for parts, at in ((1, slots), (2, None)):
+        got, wanted = (
+            tuple(torch.zeros(parts, 100, heads // parts, head_dim, dtype=dtype, device="cuda") for _ in range(3))
+            for _ in range(2)
+        )
+        turn_kernel.norm_turn_write(raw, table, got, at)
+        written_plainly(raw, table, wanted, at)
+        for mine, its in zip(got, wanted, strict=True):
+            mine, its = ((x.view(E4M3) if dtype == torch.uint8 else x).float() for x in (mine, its))
+            assert ((mine - its).norm() / its.norm()).item() < (0.02 if dtype == torch.uint8 else 0.004)
+
+
 @GPU
 def test_the_gpus_fp8_attention_is_the_emulated_one():
     if not usable(torch.device("cuda"), 128):
@@ -422,7 +482,9 @@ def test_the_gpus_fp8_attention_is_the_emulated_one():
     q, k, v = (torch.randn(1, n, 4, 128, generator=make, device="cuda") for n in (500, 1300, 1300))
     given = lowered(q), lowered(k), lowered(v, SCALE)
     here, emulated = (lifted(run(*given)).float() for run in (fp8_attention.attend_fp8, emulated_attend))
-    assert (here - emulated).norm() / emulated.norm() < 0.03
+    # The kernel rounds a weight relative to the largest score it has met so far, the emulation to the row's largest:
+    # 0.035 apart on an H100, where each is about 0.04 from the exact result.
+    assert (here - emulated).norm() / emulated.norm() < 0.05
 
 
 @GPU

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 def start() -> tuple[int, int, torch.device]:
     """(rank, ranks, device) of this process; joins the group that torchrun announces, NCCL on GPUs and gloo on CPUs."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # NCCL would map the buffers of a recorded exchange into the peer. With PyTorch's expandable segments the first
+    # replay then never ends (two H100, torch 2.11); without the mapping the exchange copies once more.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -94,8 +94,13 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.queries(x), *self.keys_values(x)
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, L, D], before norms and heads."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`projections` with their norms, split into heads [B, L, N, D]."""
+        return self._heads(self.norm_q(q)), self._heads(self.norm_k(k)), self._heads(v)
 
     def out(self, y_BLND: Tensor) -> Tensor:
         return self.o(y_BLND.flatten(2))
@@ -134,9 +139,13 @@ class Layer(nn.Module):
         """Shift, scale, gate of self-attention, then of the feed-forward, fp32: see `_spread`."""
         return _spread(self.modulation.float() + time_BF6D)
 
+    def projections(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, L, D] of self-attention, before norms and heads."""
+        return self.self_attn.projections(_modulate(x, self.eps, shift, scale))
+
     def before(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unturned q, k, v [B, L, N, D] of self-attention."""
-        return self.self_attn.queries_keys_values(_modulate(x, self.eps, shift, scale))
+        return self.self_attn.normed(*self.projections(x, shift, scale))
 
     def after(self, x: Tensor, y_BLND: Tensor, gates: tuple[Tensor, ...], text, camera) -> Tensor:
         """Everything that follows self-attention's softmax."""

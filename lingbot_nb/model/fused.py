@@ -73,9 +73,8 @@ class JoinedAttention(Attention):
         self.norm_q, self.norm_k, self.o = attention.norm_q, attention.norm_k, attention.o
         self.qkv = _joined(attention.q, attention.k, attention.v)
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self._heads(self.norm_q(q)), self._heads(self.norm_k(k)), self._heads(v)
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qkv(x).chunk(3, dim=-1)
 
 
 def _joined(*parts: Linear) -> Linear:
@@ -135,18 +134,34 @@ def eight_bits(attend: Attend) -> Format:
     return Format(lowered, partial(lowered, scale=SCALE), attend, lifted, E4M3)
 
 
+class Raw(NamedTuple):
+    """A layer's q, k, v [1, L, D] as the products made them, and the norms' weights [D] and eps: a kernel's input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norm_q: Tensor
+    norm_k: Tensor
+    eps: float
+
+
+Kernel = Callable[..., None]
+"""Norm, rotation and writing of a `Raw` in one go: see `turn_kernel.norm_turn_write`."""
+
+
 class Alone:
     """All of a chunk's tokens and all heads on one device; what `stream.engine_parallel` does otherwise, it says there.
 
-    `hand_over`, `carry` and `taken` run inside compiled pieces, the readings between them.
+    `hand_over`, `carry` and `taken` run inside compiled pieces, the readings between them. With a `kernel` they hand
+    q, k and v over as they are, and the reading begins with it.
     """
 
-    def __init__(self, format: Format = USUAL):
-        self.format = format
+    def __init__(self, format: Format = USUAL, kernel: Kernel | None = None):
+        self.format, self.kernel = format, kernel
 
-    def using(self, format: Format) -> "Alone":
-        """The same share in another number format."""
-        return Alone(format)
+    def using(self, format: Format | None = None, kernel: Kernel | None = None) -> "Alone":
+        """The same share in another number format, or with a kernel."""
+        return Alone(format or self.format, kernel or self.kernel)
 
     def size(self, size: ModelSize) -> ModelSize:
         """What a cache of this device's heads is built for."""
@@ -160,19 +175,26 @@ class Alone:
         """All tokens of every device's."""
         return x_BLD
 
-    def hand_over(self, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool):
-        """A layer's unturned q, k, v [B, L, N, D] on their way to `read`; unturned keys go along if `keep`."""
-        q, turned_k, v, unturned_k = self.carry(q, k, v, place, keep)
+    def hand_over(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool):
+        """A layer's `projections` [B, L, D] on their way to `read`; unturned keys go along if `keep`."""
+        if self.kernel and not keep:
+            return raw_of(attention, q, k, v)
+        q, turned_k, v, unturned_k = self.carry(attention, q, k, v, place, keep)
         put(place, turned_k, v)
         return q, unturned_k
 
-    def carry(self, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool):
+    def carry(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool):
         """The same on their way to `read_carried`: the cache is left alone until then."""
+        if self.kernel and not keep:
+            return raw_of(attention, q, k, v)
+        q, k, v = attention.normed(q, k, v)
         q, turned_k = (self.format.lower_qk(turn(x, place.table)) for x in (q, k))
         return q, turned_k, self.format.lower_v(v), k if keep else None
 
     def read(self, handed, layer: int, sight: Sight):
         """Attention of a layer, and before it what `hand_over` left to do."""
+        if isinstance(handed, Raw):
+            return self.format.attend(self._written(handed, sight.place(layer)), *sight.keys_values(layer))
         q, unturned_k = handed
         if unturned_k is not None:
             sight.keep_sink(layer, unturned_k)
@@ -180,13 +202,26 @@ class Alone:
 
     def read_carried(self, carried, layer: int, sight: Sight):
         """Attention of a layer, and before it what `carry` left to do."""
+        if isinstance(carried, Raw):
+            return self.read(carried, layer, sight)
         q, k, v, unturned_k = carried
         put(sight.place(layer), k, v)
         return self.read((q, unturned_k), layer, sight)
 
+    def _written(self, raw: Raw, place: Place) -> Tensor:
+        """q turned [1, L, N, D], when keys and values are where they belong."""
+        keys, values = place.keys[0], place.values[0]
+        q = torch.empty(raw.q.shape[1], *keys.shape[1:], dtype=keys.dtype, device=keys.device)
+        self.kernel(raw, place.table, (q[None], keys[None], values[None]), place.slots)
+        return q[None].view(self.format.dtype or q.dtype)
+
     def taken(self, y: Tensor) -> Tensor:
         """What a reading returned, as this device's tokens with all heads [B, L, N, D] in the usual numbers."""
         return self.format.lift(y)
+
+
+def raw_of(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Raw:
+    return Raw(q, k, v, attention.norm_q.weight, attention.norm_k.weight, attention.norm_q.eps)
 
 
 ALONE = Alone()
@@ -203,10 +238,11 @@ class Given(NamedTuple):
 
 
 def _enter(share: Alone, layer: Layer, x: Tensor, shift: Tensor, scale: Tensor, starts):
-    parts = zip(*(t.chunk(len(starts), dim=1) for t in layer.before(x, shift, scale)), strict=True)
+    parts = zip(*(t.chunk(len(starts), dim=1) for t in layer.projections(x, shift, scale)), strict=True)
     # A later chunk's place may be where the frames are that an earlier one still has to see.
     ways = share.hand_over, share.carry
-    return tuple(way(*part, *start) for way, part, start in zip(ways, parts, starts, strict=False))
+    given = zip(ways, parts, starts, strict=False)
+    return tuple(way(layer.self_attn, *part, *start) for way, part, start in given)
 
 
 def _leave(share: Alone, layer: Layer, x: Tensor, ys, gates, words, films) -> Tensor:

@@ -410,6 +410,7 @@ RUNGS = {
     "graph": "a chunk's passes as CUDA graphs",
     "compile": "compiled pieces",
     "join": "q, k, v as one product",
+    "kernel": "one kernel from q, k, v to attention",
     "fp8": "fp8 products",
     "fp8_attention": "fp8 attention",
     "merge": "clean pass merged",
@@ -422,7 +423,7 @@ def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
     climbed = Speed(**dict.fromkeys(RUNGS, False))
     yield "work that no step changes, once", climbed
     for option, name in RUNGS.items():
-        if getattr(speed, option) and (option != "graph" or device.type == "cuda"):
+        if getattr(speed, option) and (option not in ("graph", "kernel") or device.type == "cuda"):
             climbed = replace(climbed, **{option: True})
             yield name, climbed
 
@@ -708,6 +709,7 @@ def order_of(options: argparse.Namespace) -> Order:
             fp8=options.fp8,
             merge=options.merge,
             fp8_attention=options.fp8_attention,
+            kernel=not options.no_kernel,
         ),
         chunks=options.chunks,
         plain_chunks=options.plain_chunks,
@@ -723,13 +725,20 @@ def _preset(options: argparse.Namespace) -> Preset:
     height, width = options.height or preset.shape.height, options.width or preset.shape.width
     given = {name: getattr(options, name) for name in ("chunk", "window", "sink")}
     stream = {name: value for name, value in given.items() if value is not None}
-    return replace(
-        preset,
-        shape=VideoShape(height, width, preset.shape.pixel_frames),
-        model=replace(preset.model, layers=options.layers or preset.model.layers),
-        # A first chunk of another length would be one more shape to compile, and no more to learn.
-        stream=replace(preset.stream, image_first=False, **stream),
+    return steady(
+        replace(
+            preset,
+            shape=VideoShape(height, width, preset.shape.pixel_frames),
+            model=replace(preset.model, layers=options.layers or preset.model.layers),
+            stream=replace(preset.stream, **stream),
+        )
     )
+
+
+def steady(preset: Preset) -> Preset:
+    """A preset whose first chunk is like all others: another length would be one more shape to compile, and no more to
+    learn."""
+    return replace(preset, stream=replace(preset.stream, image_first=False))
 
 
 def command(options: argparse.Namespace) -> int:

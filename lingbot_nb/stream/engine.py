@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lingbot_nb.distill.flow import FewStep
 from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
+from lingbot_nb.model import turn_kernel
 from lingbot_nb.model.attention import Attend
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import quantise_layer
@@ -53,6 +54,7 @@ class Speed:
     compile: torch.compile of each piece between attentions. graph: a chunk's passes as CUDA graphs (ignored on a CPU).
     join: q, k and v as one matrix product, and weights laid out as a CPU likes them. fp8: the layers' products in 8-bit
     floating point (approximate). fp8_attention: self-attention and its cache too, where there is a kernel for it.
+    kernel: norm, rotation and cache write of queries and keys by a kernel of our own, where it runs (a GPU, bf16).
     merge: the clean pass and the next chunk's first step as one pass (more frames a second, but later ones: each waits
     for a pass that could have run after it was shown).
     """
@@ -63,6 +65,7 @@ class Speed:
     fp8: bool = False
     merge: bool = False
     fp8_attention: bool = False
+    kernel: bool = True
 
 
 SMALL = Speed(compile=False, graph=False)
@@ -96,7 +99,8 @@ def fast(
     `compile`, where speed asks for it: `graph.Compiler` by default. `to` brings tensors to the device, layer by layer:
     with fp8, a GPU then never holds the network in its full size.
     """
-    device = to(dit.head.modulation.detach()).device
+    sample = to(dit.head.modulation.detach())
+    device = sample.device
     on_cpu = device.type == "cpu"
     wanted = {
         join_projections: speed.join,
@@ -108,6 +112,8 @@ def fast(
     compile = (compile or Compiler()) if speed.compile else as_it_is
     if speed.fp8_attention and (attend := _attend_in_fp8(device, dit.size.head_dim)):
         share = share.using(eight_bits(attend))
+    if speed.kernel and turn_kernel.usable(device, dit.size.heads, dit.size.head_dim, sample.dtype):
+        share = share.using(kernel=turn_kernel.norm_turn_write)
     return FusedDiT(dit, compile=compile, prepare=prepare, share=share, to=to)
 
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_nb.distill import parallel
-from lingbot_nb.model.fused import ALONE, USUAL, Alone, Format, turn
+from lingbot_nb.model.dit import Attention
+from lingbot_nb.model.fused import ALONE, USUAL, Alone, Format, Kernel, Raw, raw_of, turn
 from lingbot_nb.model.kv_cache import Place, Sight, bits, put
 from lingbot_nb.model.rope import RopeTable
 from lingbot_nb.presets import ModelSize
@@ -24,12 +25,12 @@ class HeadShare(Alone):
     Raises ValueError, when used, for heads or tokens of a chunk that do not divide by the ranks.
     """
 
-    def __init__(self, rank: int, ranks: int, format: Format = USUAL):
-        super().__init__(format)
+    def __init__(self, rank: int, ranks: int, format: Format = USUAL, kernel: Kernel | None = None):
+        super().__init__(format, kernel)
         self.rank, self.ranks = rank, ranks
 
-    def using(self, format: Format) -> "HeadShare":
-        return HeadShare(self.rank, self.ranks, format)
+    def using(self, format: Format | None = None, kernel: Kernel | None = None) -> "HeadShare":
+        return HeadShare(self.rank, self.ranks, format or self.format, kernel or self.kernel)
 
     @classmethod
     def here(cls) -> Alone:
@@ -52,10 +53,14 @@ class HeadShare(Alone):
     def whole(self, x_BLD: Tensor) -> Tensor:
         return parallel.gathered(x_BLD[0])[None]
 
-    def hand_over(self, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool) -> Tensor:
+    def hand_over(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool
+    ) -> Tensor | Raw:
         """[ranks, L, 3 or 4, N / ranks, D]: what each rank is to get of q and k turned, v, and k if it is kept."""
-        count = q.shape[1]
-        table = RopeTable(*(part[self.rank * count : (self.rank + 1) * count] for part in place.table))
+        if self.kernel and not keep:
+            return raw_of(attention, q, k, v)
+        q, k, v = attention.normed(q, k, v)
+        table = self._own_angles(q.shape[1], place)
         lower = self.format.lower_qk
         parts = [lower(turn(q, table)), lower(turn(k, table)), self.format.lower_v(v)]
         parts += [lower(k)] if keep else []
@@ -64,8 +69,21 @@ class HeadShare(Alone):
 
     carry = hand_over
 
-    def read(self, handed: Tensor, layer: int, sight: Sight) -> Tensor:
+    def _own_angles(self, count: int, place: Place) -> RopeTable:
+        return RopeTable(*(part[self.rank * count : (self.rank + 1) * count] for part in place.table))
+
+    def _packed(self, raw: Raw, place: Place) -> Tensor:
+        """What `hand_over` returns without a kernel."""
+        heads, dim = place.keys.shape[2:]
+        count = raw.q.shape[1]
+        packed = torch.empty(self.ranks, count, 3, heads, dim, dtype=place.keys.dtype, device=raw.q.device)
+        self.kernel(raw, self._own_angles(count, place), packed.unbind(2))
+        return packed.view(self.format.dtype or packed.dtype)
+
+    def read(self, handed: Tensor | Raw, layer: int, sight: Sight) -> Tensor:
         """[ranks, L, N / ranks, D]: from every rank its heads' outputs for this rank's tokens."""
+        if isinstance(handed, Raw):
+            handed = self._packed(handed, sight.place(layer))
         q, k, v, *unturned_k = self._exchanged(handed).flatten(0, 1).unsqueeze(0).unbind(2)
         put(sight.place(layer), k, v)
         if unturned_k:
