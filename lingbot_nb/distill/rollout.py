@@ -127,6 +127,8 @@ def next_chunk(
     x0 = denoise_chunk(model, noise, steps, camera=camera, **shared, **options)
     if write:
         write_clean(model, x0, camera=camera, **shared)
+    else:
+        cache.abandon()
     return x0
 
 

@@ -293,6 +293,10 @@ class KVCache:
         self.frames_seen += self._running
         self.sight = None
 
+    def abandon(self) -> None:
+        """Close the running chunk without a trace: the next one begins where it began."""
+        self.sight = None
+
     def state_dict(self) -> dict[str, Tensor]:
         """All buffers and the number of committed frames, as copies on the CPU; RuntimeError while a chunk runs."""
         if self._running:
@@ -471,6 +475,12 @@ class GradCache:
         ]
         self._frames = [*self._frames, *range(self.frames_seen, self.frames_seen + self._running)]
         self.frames_seen += self._running
+        self._running, self._past, self._pass = 0, None, None
+
+    def abandon(self) -> None:
+        """Close the running chunk without a trace: the next one begins where it began. Its graphs stay whole."""
+        if self._pass is not None:
+            self._pass.close()
         self._running, self._past, self._pass = 0, None, None
 
     def visible(self) -> list[int]:
