@@ -29,14 +29,14 @@ BY_HAND = "by-hand"
 
 FULL_RUN: Mapping[str, Mapping[str, int | float | str]] = {
     "tiny": {
-        "train_clips": 20,
-        "eval_clips": 6,
-        "vae_steps": 20,
-        "teacher_steps": 50,
+        "train_clips": 16,
+        "eval_clips": 4,
+        "vae_steps": 12,
+        "teacher_steps": 30,
         "solver_steps": 48,
-        "pairs": 10,
-        "forcing_steps": 60,
-        "pretrain_steps": 80,
+        "pairs": 8,
+        "forcing_steps": 40,
+        "pretrain_steps": 50,
         "dmd_steps": 20,
         "eval_frames": 17,
         "teacher_solver_steps": 50,
