@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lingbot_nb.distill.flow import FewStep, few_steps
+from lingbot_nb.distill.flow import few_steps
 from lingbot_nb.distill.train import known_frames
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import Preset
