@@ -33,7 +33,7 @@ def test_a_walk_is_the_rollouts(monkeypatch):
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_coarser_formats_cost_more_and_the_same_format_costs_nothing(monkeypatch):
+def test_coarser_formats_cost_more_and_the_same_format_costs_nothing():
     dit, vae = random_dit().eval(), TinyVAE(MICRO_VAE).eval()
     batches = [one_clip(seed) for seed in range(3)]
     real = np.random.default_rng(0).integers(0, 256, (3, SHAPE.pixel_frames, SHAPE.height, SHAPE.width, 3), np.uint8)
@@ -42,8 +42,8 @@ def test_coarser_formats_cost_more_and_the_same_format_costs_nothing(monkeypatch
     bf16, _, products, _, attention, _ = (row.latents.mean for row in rows)
     assert bf16 > products + 6 and attention < products + 1 and products > 10
     assert "fp8 products" in precision.table(rows)
-    monkeypatch.setattr(precision, "_half", lambda dit: dit)
-    same = next(costs(dit, vae, batches, real, PRESET, steps=2, formats={"fp32": PLAIN}, seconds=(1,)))
+    plain = dict(formats={"fp32": PLAIN}, seconds=(1,), dtype=torch.float32)
+    same = next(costs(dit, vae, batches, real, PRESET, steps=2, **plain))
     assert same.latents.mean > 100 and same.frames.mean > 60 and same.gained.mean == pytest.approx(0, abs=1e-3)
 
 

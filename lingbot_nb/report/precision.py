@@ -4,10 +4,12 @@
 
 Every format walks on its own past from the same picture, poses and noise, so that its errors add up as they do in play.
 The reference is the plain network in fp32. On a CPU the 8-bit products and attention are emulated to the bit of their
-rounding (`fp8.emulated_product`, `fp8_attention.emulated_attend`); on a GPU they are its own.
+rounding (`fp8.emulated_product`, `fp8_attention.emulated_attend`), and what lies between them stays in fp32, since few
+CPUs compute in bf16; on a GPU the products are its own and all else is bf16.
 """
 
 import argparse
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +33,7 @@ FORMATS: Mapping[str, Speed] = {
     "fp8 products": Speed(compile=False, graph=False, fp8=True),
     "fp8 products and attention": Speed(compile=False, graph=False, fp8=True, fp8_attention=True),
 }
-"""By name, what the engine computes in; activations between products are bf16 in all of them."""
+"""By name, what the engine computes in; what lies between its products is in the engine's `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,15 @@ def costs(
     steps: int = 4,
     formats: Mapping[str, Speed] = FORMATS,
     seconds: Sequence[float] = HORIZONS,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Cost]:
     """Rows of every format and horizon. `dit` in fp32; `batches` of one clip each, `real` their pixel frames u8
-    [B, N, H, W, 3]."""
+    [B, N, H, W, 3]; `dtype` of everything that a format leaves as it is."""
     schedule = few_steps(preset.flow.labels(steps), preset.flow.shift)
     settings = preset.stream, preset.shape, schedule
     latents, frames = _all(Plain(dit, *settings), vae, batches, preset, steps)
     for name, speed in formats.items():
-        path = Engine(fast(_half(dit), speed), *settings, graph=False)
+        path = Engine(fast(_copied(dit, dtype), speed), *settings, graph=False)
         other = _all(path, vae, batches, preset, steps)
         for at in seconds:
             span = horizon_frames(at)
@@ -113,10 +116,8 @@ def _all(path: Engine | Plain, vae, batches: Sequence[Batch], preset: Preset, st
     return latents.cpu(), decode_clips(vae, latents)
 
 
-def _half(dit: DiT) -> DiT:
-    half = DiT(dit.size, device="meta").to_empty(device=next(dit.parameters()).device).to(torch.bfloat16)
-    half.load_state_dict(dit.state_dict())
-    return half.eval().requires_grad_(False)
+def _copied(dit: DiT, dtype: torch.dtype) -> DiT:
+    return copy.deepcopy(dit).to(dtype).eval().requires_grad_(False)
 
 
 def table(rows: Sequence[Cost]) -> str:
@@ -141,9 +142,12 @@ def main() -> None:
     held = parts.encode(run, vae, clips)
     batches = [parts.whole(held, 1, with_poses=True, start=i) for i in range(len(clips))]
     dit = parts.load_dit(run, args.student).eval().requires_grad_(False)
-    rows = [*costs(dit, vae, batches, parts.real_frames(clips), run.preset, steps=args.steps)]
-    print(table(rows))
-    print(f"{len(clips)} walks, {args.steps} steps · {run.conditions()}")
+    gpu = parts.device().type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    formats = {name: speed for name, speed in FORMATS.items() if gpu or speed is not PLAIN}
+    given = dit, vae, batches, parts.real_frames(clips), run.preset
+    print(table([*costs(*given, steps=args.steps, formats=formats, dtype=dtype)]))
+    print(f"{len(clips)} walks, {args.steps} steps · {run.conditions(dtype=dtype)}")
 
 
 if __name__ == "__main__":
