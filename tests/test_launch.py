@@ -118,4 +118,5 @@ def test_one_process_is_this_one(tmp_path):
     assert losses(spread(launch_target.curve, {"steps": 2}, processes=0, folder=tmp_path)) == losses(
         spread("launch_target:curve", {"steps": 2}, processes=1, folder=tmp_path)
     )
-    assert not list(tmp_path.iterdir())
+    rows = list(spread(launch_target.curve, {"steps": 9}, processes=1, folder=tmp_path, here={"log_every": 3}))
+    assert len(rows) == 9 and not list(tmp_path.iterdir())

@@ -94,14 +94,21 @@ def launch(
 
 
 def spread(
-    target: Target, arguments: Mapping[str, object] | None = None, *, processes: int, folder: Path | str, **options
+    target: Target,
+    arguments: Mapping[str, object] | None = None,
+    *,
+    processes: int,
+    folder: Path | str,
+    here: Mapping[str, object] | None = None,
+    **options,
 ) -> Iterator[dict]:
     """`launch` on two processes or more; for fewer the target's rows from this very process, where it can be looked
-    into. `options` are `launch`'s."""
+    into. `here` are further arguments that only this process has, such as clips it has encoded already; `options` are
+    `launch`'s."""
     if processes > 1:
         return launch(target, arguments, processes=processes, folder=folder, **options)
     function = pkgutil.resolve_name(target) if isinstance(target, str) else target
-    return function(**(arguments or {}))
+    return function(**(arguments or {}), **(here or {}))
 
 
 # ---- the notebook's side --------------------------------------------------------------------------------------------
