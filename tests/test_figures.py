@@ -127,6 +127,15 @@ def test_latency_waterfall_stacks_stages_and_counts_late_chunks():
     assert " 170 ms" in [text.get_text() for text in ax.texts]
 
 
+def test_speed_ladder_says_each_gain_and_marks_each_floor():
+    rows = [dict(name="plain", fps=5.0, period=100.0, floor=50.0), dict(name="+ x", fps=8.0, period=62.5, floor=50.0)]
+    ax = figures.speed_ladder(rows, title="one GPU")
+    assert [bar.get_width() for bar in ax.patches] == [5.0, 8.0]
+    assert [text.get_text().split() for text in ax.texts[:2]] == [["5.0"], ["1.60x", "8.0"]]
+    assert [line[0, 0] for line in ax.collections[0].get_segments()] == [10.0, 10.0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "+ x"]
+
+
 def test_loss_curves_smooth_without_starting_at_zero():
     ax = figures.loss_curves({"student": (range(5), [2.0] * 5)}, smooth=0.9)
     np.testing.assert_allclose(ax.lines[-1].get_ydata(), [2] * 5)

@@ -378,8 +378,9 @@ def speed_ladder(rows: Sequence[Mapping], *, title: str = "", ax: Axes | None = 
     ax.barh(places, fps, height=0.66, color=[TEACHER, *[STUDENT] * (len(rows) - 1)])
     ax.vlines(best, [y - 0.38 for y in places], [y + 0.38 for y in places], color="#c1121f", lw=1.5)
     for y in places:
-        gain = "" if y == 0 else f"  {fps[y] / fps[y - 1]:.2f}x"
-        ax.text(fps[y], y, f" {fps[y]:.1f}{gain}", va="center", fontsize=8, color=INK)
+        gain = "" if y == 0 else f"{fps[y] / fps[y - 1]:.2f}x   "
+        # Inside the bar, where no floor can cross it.
+        ax.text(fps[y], y, f"{gain}{fps[y]:.1f}  ", va="center", ha="right", fontsize=8, color="white")
     ax.text(best[0], -0.45, "arithmetic floor ", color="#c1121f", fontsize=8, ha="right", va="bottom")
     ax.set_yticks(places, [row["name"] for row in rows])
     ax.set(xlim=(0, 1.12 * max(*best, *fps)), ylim=(len(rows) - 0.4, -0.9), xlabel="pixel frames a second")
