@@ -177,9 +177,10 @@ class Alone:
 
     def hand_over(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, place: Place, keep: bool):
         """A layer's `projections` [B, L, D] on their way to `read`; unturned keys go along if `keep`."""
-        if self.kernel and not keep:
-            return raw_of(attention, q, k, v)
-        q, turned_k, v, unturned_k = self.carry(attention, q, k, v, place, keep)
+        carried = self.carry(attention, q, k, v, place, keep)
+        if isinstance(carried, Raw):
+            return carried
+        q, turned_k, v, unturned_k = carried
         put(place, turned_k, v)
         return q, unturned_k
 
@@ -221,6 +222,7 @@ class Alone:
 
 
 def raw_of(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Raw:
+    """`projections` of an attention beside its norms."""
     return Raw(q, k, v, attention.norm_q.weight, attention.norm_k.weight, attention.norm_q.eps)
 
 

@@ -234,7 +234,7 @@ class HeldExit:
     def draw(self, generator: torch.Generator) -> int:
         return self.exit_step
 
-    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> Tensor:
+    def __call__(self, batch: Batch, generator: torch.Generator, drawn: int | None = None) -> tuple[Batch, Tensor]:
         return self.clips(batch, generator, drawn)
 
 
