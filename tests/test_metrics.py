@@ -83,6 +83,59 @@ def test_ssim_limits():
         metrics.ssim(_frames(1, 8, 20), _frames(1, 8, 20))
 
 
+def test_ms_ssim_of_two_scales_is_the_weighted_product():
+    a, b = _frames(1, 24, 30), _frames(1, 24, 30)
+    b = (0.7 * a + 0.3 * b).astype(np.uint8)
+    planes = [torch.from_numpy(x[0] / 255.0).permute(2, 0, 1) for x in (a, b)]
+    _, fine = metrics._similarity(*planes)
+    halves = [torch.nn.functional.avg_pool2d(x, 2) for x in planes]
+    luminance, coarse = metrics._similarity(*halves)
+    first, second = (w / (0.0448 + 0.2856) for w in (0.0448, 0.2856))
+    want = (fine.mean((1, 2)) ** first * (luminance * coarse).mean((1, 2)) ** second).mean()
+    np.testing.assert_allclose(metrics.ms_ssim(a, b), [want], rtol=1e-9)
+
+
+def test_ms_ssim_of_the_same_is_one_and_falls_with_noise():
+    real = np.stack([_scene(160)] * 2)
+    noise = np.random.default_rng(1).normal(0, 1, real.shape)
+    noisy = [np.clip(real + level * noise, 0, 255).astype(np.uint8) for level in (5, 20, 80)]
+    np.testing.assert_allclose(metrics.ms_ssim(real, real), [1, 1])
+    scores = [metrics.ms_ssim(real, frames).mean() for frames in noisy]
+    assert 1 > scores[0] > scores[1] > scores[2] >= 0
+    # A one-pixel shift breaks the finest scale most, which MS-SSIM weighs least.
+    assert metrics.ms_ssim(real, np.roll(real, 1, 2)).mean() > metrics.ssim(real, np.roll(real, 1, 2)).mean()
+    with pytest.raises(ValueError, match="11x11"):
+        metrics.ms_ssim(_frames(1, 8, 20), _frames(1, 8, 20))
+
+
+def test_ms_ssim_of_pictures_of_one_scale_is_ssim():
+    a, b = _frames(1, 16, 20), _frames(1, 16, 20)
+    b = (0.8 * a + 0.2 * b).astype(np.uint8)
+    terms = [metrics._similarity(*(torch.from_numpy(x[0, ..., c] / 255.0)[None] for x in (a, b))) for c in range(3)]
+    want = np.mean([(luminance * structure).mean() for luminance, structure in terms])
+    np.testing.assert_allclose(metrics.ms_ssim(a, b), [want], rtol=1e-9)
+    np.testing.assert_allclose(metrics.ms_ssim(a, b), metrics.ssim(a, b), rtol=1e-9)
+
+
+def test_frechet_distance_of_known_gaussians():
+    mean1, mean2 = np.array([0.0, 1.0]), np.array([3.0, 1.0])
+    one, two = np.diag([4.0, 1.0]), np.diag([1.0, 9.0])
+    # Axis-aligned: |mu|^2 plus the squared differences of the deviations.
+    assert metrics.gaussian_distance(mean1, one, mean2, two) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2)
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    turned = [turn @ c @ turn.T for c in (one, two)]
+    assert metrics.gaussian_distance(turn @ mean1, turned[0], turn @ mean2, turned[1]) == pytest.approx(14)
+    assert metrics.gaussian_distance(mean1, one, mean1, one) == pytest.approx(0, abs=1e-9)
+    rng = np.random.default_rng(0)
+    first, second = (rng.multivariate_normal(m, c, 40000) for m, c in ((mean1, one), (mean2, two)))
+    assert metrics.frechet_distance(first, second) == pytest.approx(14, rel=0.03)
+    assert metrics.frechet_distance(first, second) == pytest.approx(metrics.frechet_distance(second, first))
+    with pytest.raises(ValueError, match="2 rows"):
+        metrics.frechet_distance(first[:1], second)
+    with pytest.raises(ValueError, match="one network"):
+        metrics.frechet_distance(first, second[:, :1])
+
+
 def test_laplacian_variance_equals_opencv():
     frame = _frames(1, 24, 30)
     luma = (frame[0] @ metrics.LUMA).astype(np.float64)

@@ -15,6 +15,8 @@ from lingbot_nb.presets import FPS, TIME_STRIDE
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """Rec. 601 weights of red, green, blue."""
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of MS-SSIM's scales, finest first (Wang et al. 2003)."""
 PSNR_CAP = 100.0
 """PSNR of identical frames in dB: infinity would spoil every mean."""
 
@@ -55,17 +57,29 @@ def ssim(real, generated) -> np.ndarray:
     Gaussian window of 11 pixels, deviation 1.5, K1 0.01, K2 0.03 (Wang et al. 2004, eq. 13); only pixels whose whole
     window lies inside the picture count. Raises ValueError for pictures below 11 pixels.
     """
-    x, y = _unit(real), _matching(real, generated)
-    lead, (height, width) = x.shape[:-3], x.shape[-3:-1]
-    if min(height, width) < 11:
-        raise ValueError(f"SSIM needs pictures of at least 11x11 pixels, not {height}x{width}: use psnr instead")
-    x, y = (torch.from_numpy(a).reshape(-1, height, width, 3).permute(0, 3, 1, 2).flatten(0, 1) for a in (x, y))
-    mean_x, mean_y = _blur(x), _blur(y)
-    var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    score = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return score.mean(dim=(-2, -1)).reshape(-1, 3).mean(-1).numpy().reshape(lead)
+    lead, x, y = _planes(real, generated)
+    luminance, structure = _similarity(x, y)
+    return (luminance * structure).mean(dim=(-2, -1)).reshape(-1, 3).mean(-1).numpy().reshape(lead)
+
+
+def ms_ssim(real, generated) -> np.ndarray:
+    """Multi-scale structural similarity of every frame in [0, 1] (Wang et al. 2003, eq. 7), the mean over colours.
+
+    The paper's five scales need 176 pixels. Smaller pictures get the scales at which SSIM's window still fits (four at
+    96x160), with the paper's weights of those divided by their sum: numbers of different picture sizes do not compare.
+    Negative structure terms count as 0. Raises ValueError for pictures below 11 pixels.
+    """
+    lead, x, y = _planes(real, generated)
+    scales = min(len(SCALES), int(np.log2(min(x.shape[-2:]) / 11)) + 1)
+    weights = np.array(SCALES[:scales]) / sum(SCALES[:scales])
+    score = torch.ones(len(x), dtype=x.dtype)
+    for scale, weight in enumerate(weights):
+        luminance, structure = _similarity(x, y)
+        last = scale == scales - 1
+        term = (luminance * structure if last else structure).mean(dim=(-2, -1))
+        score = score * term.clamp_min(0) ** weight
+        x, y = (torch.nn.functional.avg_pool2d(plane[:, None], 2)[:, 0] for plane in (x, y))
+    return score.reshape(-1, 3).mean(-1).numpy().reshape(lead)
 
 
 def laplacian_variance(frames) -> np.ndarray:
@@ -149,6 +163,33 @@ def copy_first_frame(real):
     return np.broadcast_to(_array(real)[..., :1, :, :, :], np.shape(real))
 
 
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Squared Frechet distance between two sets of features [n, D] and [m, D], each taken for a Gaussian.
+
+    |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau 1982; FID, Heusel et al. 2017). It falls with more
+    samples: compare only sets of equal size, and print how many. Raises ValueError for fewer than two samples or
+    features of two widths.
+    """
+    moments = []
+    for features in (first, second):
+        features = np.asarray(features, dtype=np.float64)
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features have shape {list(features.shape)}: give at least 2 rows of one width")
+        moments.append((features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))))
+    return gaussian_distance(*moments[0], *moments[1])
+
+
+def gaussian_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
+    """`frechet_distance` of two Gaussians that are known: means [D], covariances [D, D]."""
+    if np.shape(mean1) != np.shape(mean2):
+        raise ValueError(f"features are {len(mean1)} and {len(mean2)} wide: use one network for both sets")
+    root = _root(covariance1)
+    # (C1 C2)^(1/2) has the trace of (R C2 R)^(1/2) with R = C1^(1/2), which is symmetric.
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance2 @ root), 0, None)).sum()
+    apart = float(((np.asarray(mean1) - np.asarray(mean2)) ** 2).sum())
+    return max(0.0, apart + float(np.trace(covariance1) + np.trace(covariance2) - 2 * cross))
+
+
 def horizon_frames(seconds: float) -> slice:
     """Pixel frames of the latent frame that ends `seconds` after the start: 0.25 s -> 1..4, 1 s -> 13..16."""
     latent = round(seconds * FPS / TIME_STRIDE)
@@ -229,6 +270,31 @@ def _matching(real, generated) -> np.ndarray:
             f"real frames {tuple(np.shape(real))} and generated {tuple(np.shape(generated))} differ in shape"
         )
     return _unit(generated)
+
+
+def _planes(real, generated) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+    """The frames' leading axes, and both sets as planes of one colour [n * 3, H, W] in [0, 1]."""
+    x, y = _unit(real), _matching(real, generated)
+    lead, (height, width) = x.shape[:-3], x.shape[-3:-1]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM needs pictures of at least 11x11 pixels, not {height}x{width}: use psnr instead")
+    x, y = (torch.from_numpy(a).reshape(-1, height, width, 3).permute(0, 3, 1, 2).flatten(0, 1) for a in (x, y))
+    return lead, x, y
+
+
+def _similarity(x_NHW: torch.Tensor, y_NHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """SSIM's luminance term and its contrast and structure term, at every pixel whose window lies inside."""
+    mean_x, mean_y = _blur(x_NHW), _blur(y_NHW)
+    var_x, var_y = _blur(x_NHW * x_NHW) - mean_x**2, _blur(y_NHW * y_NHW) - mean_y**2
+    covariance = _blur(x_NHW * y_NHW) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    return (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1), (2 * covariance + c2) / (var_x + var_y + c2)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
 def _blur(x_NHW: torch.Tensor) -> torch.Tensor:
