@@ -46,6 +46,11 @@ def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(
     assert stages[0] == "data" and stages.count("done") == len(files)
 
 
+def test_training_stops_at_the_stage_that_was_asked_for(bench):
+    assert list(recipe.run(bench, "teacher.safetensors")) == ["vae.safetensors", "teacher.safetensors"]
+    assert not bench.has("causal.safetensors")
+
+
 def test_scaling_a_recipe_scales_every_stage():
     half = recipe.scaled(Recipe(), 0.5)
     for name in ("tokenizer", "teacher", "causal", "consistency", "student"):

@@ -370,9 +370,10 @@ STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
 )
 
 
-def run(bench: Bench) -> Iterator[str]:
-    """Trains what is missing, stage by stage; yields each finished file."""
-    for file, stage in STAGES:
+def run(bench: Bench, until: str = STAGES[-1][0]) -> Iterator[str]:
+    """Trains what is missing, stage by stage up to the one that makes `until`; yields each finished file."""
+    last = [file for file, _ in STAGES].index(until)
+    for file, stage in STAGES[: last + 1]:
         if not bench.has(file):
             began = time.monotonic()
             stage(bench)
@@ -389,6 +390,9 @@ def main() -> None:
     parser.add_argument("--collect", type=int, default=0, help="walk this many clips to train on first (0: none)")
     parser.add_argument("--preset", default="tiny", help="tiny or tiny-large")
     parser.add_argument("--seed", type=int, default=0)
+    files = [file for file, _ in STAGES]
+    parser.add_argument("--until", choices=files, default=files[-1], help="the last stage, by what it leaves")
+    parser.add_argument("--no-evaluate", action="store_true", help="train, and measure nothing")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing, measure the weights in --out")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's seconds")
     parser.add_argument("--no-compile", action="store_true", help="eager layers: slower steps, no compile time")
@@ -402,9 +406,10 @@ def main() -> None:
     command = f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {parser.prog} {shlex.join(sys.argv[1:])}"
     bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command)
     if not args.evaluate_only:
-        for _ in run(bench):
+        for _ in run(bench, args.until):
             pass
-    evaluate(bench)
+    if not args.no_evaluate:
+        evaluate(bench)
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:

@@ -909,12 +909,14 @@ def ode_regression_step(
     accumulate: int = 1,
     precision: Precision = fp32,
     checkpoint: bool = False,
+    record: Record = plainly,
 ) -> Step:
     """Stage 2a: regression onto the ends of stored trajectories (role "student"); `sigmas` = `Schedule.sigmas`.
 
     `clean_context`: Causal-Forcing's, the past being the real clip (for pairs of the causal teacher). Without it
     CausVid's, under the block-causal mask (for pairs of the bidirectional teacher).
     """
+    options = dict(clip=clip, accumulate=accumulate, precision=precision, gradients=record())
 
     def step(state: TrainState) -> dict:
         def loss():
@@ -930,7 +932,7 @@ def ode_regression_step(
                 regress, clips = trajectories.block_causal_regression, (pair.states,)
             return regress(velocity, *clips, sigmas, lengths, **shared)
 
-        return descend(state, "student", loss, clip=clip, accumulate=accumulate, precision=precision)
+        return descend(state, "student", loss, **options)
 
     return step
 
