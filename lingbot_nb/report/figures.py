@@ -404,6 +404,7 @@ def loss_curves(
     *,
     smooth: float = 0.0,
     log: bool = False,
+    xlabel: str = "training step",
     ylabel: str = "loss",
     title: str = "",
     ax: Axes | None = None,
@@ -416,7 +417,8 @@ def loss_curves(
         ax.plot(steps, values, color=tint, lw=0.8 if smooth else 1.6, alpha=0.3 if smooth else 1)
         ax.plot(steps, _running_mean(values, smooth), color=tint, lw=1.6, label=label)
     ax.set_yscale("log" if log else "linear")
-    ax.set_xlabel("training step")
+    ax.set_xlabel(xlabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel)
     ax.grid(axis="y")
     if series:
@@ -461,11 +463,14 @@ class LiveCurve:
         seconds: float = 1.0,
         smooth: float = 0.9,
         log: bool = False,
+        xlabel: str = "training step",
+        ylabel: str = "loss",
         live: bool | None = None,
         write=print,
     ):
         self.title, self.total, self.every, self.seconds = title, total, every, seconds
-        self.smooth, self.log, self.write = smooth, log, write
+        self.smooth, self.write = smooth, write
+        self.drawn_as = dict(smooth=smooth, log=log, xlabel=xlabel, ylabel=ylabel, title=title)
         self.live = interactive() if live is None else live
         self.series: dict[str, tuple[list[float], list[float]]] = {}
         self._began = time.perf_counter()
@@ -521,7 +526,7 @@ class LiveCurve:
         """The curve as a figure of its own, unknown to pyplot (so that no cell shows it twice)."""
         with plt.rc_context(STYLE):
             figure = Figure(figsize=(7.5, 3.0))
-            loss_curves(self.series, smooth=self.smooth, log=self.log, title=self.title, ax=figure.subplots())
+            loss_curves(self.series, **self.drawn_as, ax=figure.subplots())
         return figure
 
 
