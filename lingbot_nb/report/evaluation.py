@@ -1,6 +1,6 @@
 """Generated clips beside the simulator's, under the same start frame and the same control."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,12 +9,15 @@ from torch import Tensor
 from lingbot_nb.distill import flow
 from lingbot_nb.distill.flow import FewStep
 from lingbot_nb.distill.forcing import gaussian
-from lingbot_nb.distill.rollout import Conditions, rollout
+from lingbot_nb.distill.rollout import Conditions, next_chunk, rollout, start_chunk
 from lingbot_nb.distill.train import bind, known_frames
+from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import KVCache
-from lingbot_nb.model.vae import to_uint8
-from lingbot_nb.presets import Preset, StreamSettings
+from lingbot_nb.model.vae import from_uint8, to_uint8
+from lingbot_nb.presets import LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings
 from lingbot_nb.report.metrics import horizon_table, sharpness
+from lingbot_nb.stream.engine import StreamingDiT
+from lingbot_nb.stream.session import live_path
 from lingbot_nb.world.latents import Batch
 
 HORIZONS = (0.25, 1, 2, 4)
@@ -54,6 +57,68 @@ def student_clips(
         write_last=False,
     )
     return torch.cat(list(chunks), 2)
+
+
+@torch.no_grad()
+def play(
+    dit,
+    vae,
+    context: Tensor,
+    preset: Preset,
+    starts: np.ndarray,
+    keys: np.ndarray,
+    *,
+    steps: Sequence[FewStep],
+    seed: int = 0,
+    size: int = 8,
+) -> np.ndarray:
+    """Films u8 [B, N, H, W, 3] that a student makes of keys: what `Session` plays, many films side by side.
+
+    starts u8 [B, H, W, 3], the first pictures; keys bool [B, N, 8], N = 4n + 1, row 0 of no effect; context [L, D] of
+    the prompt. Every film has noise of its own, drawn on the CPU from `seed` and its number. Memory does not grow with
+    N but for the films. `size` films go at a time. Raises ValueError for other lengths or numbers of films.
+    """
+    if len(starts) != len(keys) or keys.shape[1] % TIME_STRIDE != 1:
+        raise ValueError(f"{len(starts)} start pictures, keys {keys.shape}: give keys [{len(starts)}, 4n + 1, 8]")
+    cpu = next(dit.parameters()).device.type == "cpu"
+    net = StreamingDiT(dit) if cpu and isinstance(dit, DiT) else dit
+    groups = [slice(i, i + size) for i in range(0, len(starts), size)]
+    draws = [[torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(len(starts))[g]] for g in groups]
+    made = [
+        np.concatenate([*_played(dit, net, vae, context, preset, starts[g], keys[g], steps, draw)], 1)
+        for g, draw in zip(groups, draws, strict=True)
+    ]
+    return np.concatenate(made)
+
+
+def _played(dit, net, vae, context, preset: Preset, starts, keys, steps, draws) -> Iterator[np.ndarray]:
+    """The pixel frames of a group of films, chunk after chunk."""
+    first, settings, shape = next(dit.parameters()), preset.stream, preset.shape
+    device, count = first.device, len(starts)
+    frames = (keys.shape[1] - 1) // TIME_STRIDE + 1
+    picture = from_uint8(torch.from_numpy(np.ascontiguousarray(starts))[:, None].to(device))
+    condition, image = vae.image_condition(picture[:, :, 0], shape.frames), vae.encode(picture)
+    text = net.text(context.to(first)[None].expand(count, -1, -1))
+    cache = KVCache(preset.model, settings, shape, batch=count, device=device, dtype=first.dtype, capacity=frames)
+    paths, decoder, begin = [live_path(preset, device) for _ in draws], vae.decoder_stream(), 0
+
+    def noise(length: int) -> Tensor:
+        cells = (LATENT_CHANNELS, length, shape.latent_height, shape.latent_width)
+        return torch.stack([torch.randn(cells, generator=draw) for draw in draws]).to(device)
+
+    for length in settings.chunk_lengths(frames):
+        rows = keys[:, max(0, TIME_STRIDE * begin - 3) : TIME_STRIDE * (begin + length - 1) + 1]
+        control = torch.stack([path.push(row) for path, row in zip(paths, rows, strict=True)]).to(device)
+        at = [min(i, condition.shape[2] - 1) for i in range(begin, begin + length)]
+        told = Conditions(text, control if preset.model.control_channels else None, condition[:, :, at])
+        if begin == 0 and settings.image_first:
+            x0 = start_chunk(net, image, conditions=told, cache=cache)
+        else:
+            renoise = lambda like: noise(like.shape[2])  # noqa: E731
+            write = begin + length < frames
+            x0 = next_chunk(net, noise(length), steps, conditions=told, cache=cache, renoise=renoise, write=write)
+        yield to_uint8(decoder.decode(x0)).cpu().numpy()
+        begin += length
 
 
 def decode_clips(vae, latents_BCFHW: Tensor, size: int = 8) -> np.ndarray:
