@@ -109,11 +109,14 @@ def real_frames(clips: Sequence[Clip], frames: int | None = None) -> np.ndarray:
     return np.stack([clip.frames[:stop] for clip in clips])
 
 
-def session(run: Run, file: str = "student.safetensors", *, start_image=None, steps: int = 4, seed: int = 0) -> Session:
-    """A live session of this run's student; it starts where shipped clip `START` does unless a picture is given."""
+def session(
+    run: Run, file: str = "student.safetensors", *, start_image=None, steps: int = 4, seed: int = 0, **options
+) -> Session:
+    """A live session of this run's student; it starts where shipped clip `START` does unless a picture is given.
+    `options` are `Session`'s."""
     image = shipped_clips()[START].frames[0] if start_image is None else start_image
     parts = run.preset, load_dit(run, file), load_vae(run), load_text(run)
-    return Session(*parts, start_image=image, prompt=PROMPT, steps=steps, seed=seed)
+    return Session(*parts, start_image=image, prompt=PROMPT, steps=steps, seed=seed, **options)
 
 
 def megabytes(path: Path) -> float:

@@ -32,7 +32,7 @@ def broken(rank: int, world: int):
     raise FileNotFoundError(f"weights of rank {rank} are missing")
 
 
-def micro(rank: int = 0, world: int = 1):
+def micro(rank: int = 0, world: int = 1, **options):
     """The same weights in every process."""
     import numpy as np
     import torch
@@ -50,7 +50,15 @@ def micro(rank: int = 0, world: int = 1):
     image = np.arange(MICRO.shape.height * MICRO.shape.width * 3, dtype=np.uint8)
     image = image.reshape(MICRO.shape.height, MICRO.shape.width, 3)
     text = TinyText(MICRO.model.text_dim, MICRO.model.text_len)
-    return Session(MICRO, dit, vae, text, start_image=image, prompt="a corridor", steps=2, seed=3)
+    return Session(MICRO, dit, vae, text, start_image=image, prompt="a corridor", steps=2, seed=3, **options)
+
+
+def shared(rank: int, world: int):
+    """One world on the engine, each process with its share of the heads."""
+    from lingbot_nb.stream.commands import meet_ranks
+    from lingbot_nb.stream.engine import SMALL
+
+    return micro(speed=SMALL, share=meet_ranks(rank, world))
 
 
 def in_folder(folder: Path, **options):

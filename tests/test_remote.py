@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from fake_session import read_keys, read_number
-from far_session import broken, in_folder, micro, painted, refusing
+from far_session import broken, in_folder, micro, painted, refusing, shared
 
 from lingbot_nb.stream.playback import Playback, play_script
 from lingbot_nb.stream.remote import Lost, RemoteSession
@@ -61,6 +61,21 @@ def test_frames_of_two_processes_are_those_of_one(far):
     away.reset(seed=9)
     here.reset(seed=9)
     assert np.array_equal(away.step("w"), here.step("w")) and away.seed == 9
+
+
+def test_two_processes_share_one_world(far):
+    away, here = far(shared), micro()
+    for keys in ("w-8,jl-4", "w-8"):
+        films = [play_script(session, keys).astype(int) for session in (away, here)]
+        assert np.abs(films[0] - films[1]).max() <= 1
+        for session in (away, here):
+            session.prompt, session.steps, session.window = "a burning forest", 3, 3
+    os.kill(pids(away)[1], signal.SIGKILL)
+    with pytest.raises(Lost, match="rank 1 of 2"):
+        away.step("w")
+    away.reset(seed=3)
+    here.reset(seed=3)
+    assert np.abs(away.step("w").astype(int) - here.step("w")).max() <= 1
 
 
 def test_an_error_of_one_rank_keeps_all_in_step(far):

@@ -17,7 +17,7 @@ from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8, to_uint8
 from lingbot_nb.presets import MICRO
 from lingbot_nb.stream import session as session_module
-from lingbot_nb.stream.engine import StreamingDiT
+from lingbot_nb.stream.engine import Speed, StreamingDiT
 from lingbot_nb.stream.follow import Newest
 from lingbot_nb.stream.playback import play_script
 from lingbot_nb.stream.session import (
@@ -552,11 +552,63 @@ def test_on_a_cpu_the_streaming_network_plays(make, dit):
     assert session.dit is other and session._net.dit is other
 
 
+def played(session):
+    """A stretch of play in which everything is changed once, on the way and from outside the stream."""
+    films = [walk(session, "w", "wl")]
+    session.steps = 3
+    films.append(walk(session, "w"))
+    session.prompt = "a burning forest"
+    films.append(walk(session, "j"))
+    session.window = 3
+    films.append(walk(session, "w", "d"))
+    session.chunk = 2
+    films.append(walk(session, "w", "w"))
+    saved = session.state_dict()
+    films.append(walk(session, "a"))
+    session.load_state_dict(saved)
+    films.append(walk(session, "a", "s"))
+    session.prompt = "a corridor"
+    session.use(session.dit)
+    films.append(walk(session, "w"))
+    session.reset(seed=4)
+    films.append(walk(session, "w", "l"))
+    return np.concatenate(films)
+
+
+BARE = Speed(compile=False, graph=False, join=False)
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+def test_the_engine_plays_the_same_film(make, image_first):
+    preset = replace(MICRO, stream=replace(MICRO.stream, image_first=image_first))
+    assert np.array_equal(played(make(preset, speed=BARE)), played(make(preset)))
+
+
+def test_merged_passes_play_the_same_film_within_a_level(make):
+    plain, merged = played(make()), played(make(speed=replace(BARE, merge=True)))
+    assert np.abs(plain.astype(int) - merged).max() <= 1
+
+
+def test_newer_keys_reach_the_engine_when_its_chunk_is_made(make):
+    hasty, calm = make(speed=BARE), make(speed=BARE)
+    asked = iter([None, "l"])
+    frames = np.concatenate(list(hasty.stream("w", lambda: next(asked, None))))
+    assert np.array_equal(frames, calm.step("l"))
+    hasty.finish()
+    assert np.array_equal(walk(hasty, "w"), walk(calm, "w"))
+
+
+def test_a_world_on_the_engine_is_not_tuned(make):
+    assert make(speed=BARE).tune() is None
+
+
 def test_a_session_computes_on_its_own_threads(make, monkeypatch):
     session, seen = make(), []
     session.threads = 1
-    decode = session._decoder.decode
-    monkeypatch.setattr(session._decoder, "decode", lambda x0: seen.append(torch.get_num_threads()) or decode(x0))
+    decode = session._pictures._stream.decode
+    monkeypatch.setattr(
+        session._pictures._stream, "decode", lambda x0: seen.append(torch.get_num_threads()) or decode(x0)
+    )
     before = torch.get_num_threads()
     session.step("w")
     assert seen == [1] and torch.get_num_threads() == before
@@ -564,7 +616,7 @@ def test_a_session_computes_on_its_own_threads(make, monkeypatch):
 
 def full(session, times: int):
     """Make the session's decoder run out of memory `times` times, after the chunk has drawn its noise."""
-    decode, left = session._decoder.decode, [times]
+    decode, left = session._pictures._stream.decode, [times]
 
     def pretended(x0):
         if left[0]:
@@ -572,7 +624,7 @@ def full(session, times: int):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(x0)
 
-    session._decoder.decode = pretended
+    session._pictures._stream.decode = pretended
     return session
 
 

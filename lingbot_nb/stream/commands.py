@@ -13,13 +13,17 @@ import torch
 
 from lingbot_nb import parts, runs
 from lingbot_nb.control.keys import parse_keys
+from lingbot_nb.distill import parallel
+from lingbot_nb.model.fused import ALONE
 from lingbot_nb.report.figures import conditions
 from lingbot_nb.report.page import text_table
 from lingbot_nb.runs import Run
 from lingbot_nb.stream import endless, lab, latency
+from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.movie import write_movie
 from lingbot_nb.stream.playback import play_script
-from lingbot_nb.stream.session import Session, fit_image, with_chunk
+from lingbot_nb.stream.remote import MEETING
+from lingbot_nb.stream.session import Session, fit_image
 
 SHIPPED = "live-play"
 """The run of those who name none: nothing is trained in it, so its weights are the shipped ones."""
@@ -126,21 +130,30 @@ def open_run(name: str | None) -> Run:
 def live_session(run: Run, student: str, *, chunk: int | None = None, **options) -> Session:
     """A session of the run's student with another chunk length."""
     session = parts.session(run, student, **options)
-    preset = run.preset if chunk is None else with_chunk(run.preset, chunk)
-    if preset == run.preset:
-        return session
-    options = dict(start_image=session.start_image, prompt=session.prompt, steps=session.steps, seed=session.seed)
-    return Session(preset, session.dit, session.vae, session.text, **options)
+    if chunk is not None:
+        session.chunk = chunk
+        session.reset()
+    return session
 
 
 def rank_session(rank: int, world: int, *, run: str, student: str = "student.safetensors", **options) -> Session:
-    """What each process of a `RemoteSession` builds: the whole session, on its own GPU where there are several.
+    """What each process of a `RemoteSession` builds: the session, on its own GPU where there are several.
 
-    Use with functools.partial: `RemoteSession(partial(rank_session, run="mine"))`.
+    Use with functools.partial: `RemoteSession(partial(rank_session, run="mine"))`. With `speed` (`engine.Speed`) the
+    processes share one world, each with its part of the heads; without it every process plays the whole of it.
     """
+    speed, share = options.pop("speed", None), ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    return live_session(open_run(run), student, **options)
+    if speed is not None and world > 1:
+        share = meet_ranks(rank, world)
+    return live_session(open_run(run), student, speed=speed, share=share, **options)
+
+
+def meet_ranks(rank: int, world: int) -> HeadShare:
+    """This process's share of a world that all processes of its `RemoteSession` play together, which it waits for."""
+    parallel.meet(os.environ[MEETING], rank, world)
+    return HeadShare(rank, world)
 
 
 def tuned(session: Session) -> Session:

@@ -11,6 +11,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -125,16 +126,19 @@ class Chunk:
     """
 
     def __init__(self, frames: int, steps: int, control_channels: int, shape: VideoShape, device: torch.device):
-        cells = (frames, shape.latent_height, shape.latent_width)
+        self._cells, self._device = (frames, shape.latent_height, shape.latent_width), device
+        self.noise, self.x0 = self._empty(1, LATENT_CHANNELS), self._empty(1, LATENT_CHANNELS)
+        self.condition = self._empty(1, MASK_CHANNELS + LATENT_CHANNELS)
+        self.control = self._empty(1, control_channels * SPACE_STRIDE**2) if control_channels else None
+        self.make_room(steps)
 
-        def empty(*sizes: int) -> Tensor:
-            with torch.inference_mode(False):
-                return torch.zeros(*sizes, *cells, device=device)
+    def _empty(self, *sizes: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(*sizes, *self._cells, device=self._device)
 
-        self.noise, self.x0 = empty(1, LATENT_CHANNELS), empty(1, LATENT_CHANNELS)
-        self.fresh = empty(steps - 1, 1, LATENT_CHANNELS)
-        self.condition = empty(1, MASK_CHANNELS + LATENT_CHANNELS)
-        self.control = empty(1, control_channels * SPACE_STRIDE**2) if control_channels else None
+    def make_room(self, steps: int) -> None:
+        """Room for the fresh noise of so many steps."""
+        self.fresh = self._empty(steps - 1, 1, LATENT_CHANNELS)
 
     def tell(self, control: Tensor | None, condition: Tensor) -> None:
         """Copy in what the chunk is told."""
@@ -154,6 +158,17 @@ class _Scheduled:
     def __call__(self, x: Tensor, t: Tensor, *, condition_BCFHW, text, camera, cache, checkpoint: bool = False):
         moment, before = next(self._passes)
         return self._net(moment, text, *before, Given(x, condition_BCFHW, camera, cache.sight))
+
+
+def _kept_writable(method: Callable) -> Callable:
+    """Without gradient, yet never in inference mode: whoever calls, any later call can write to what is kept."""
+
+    @wraps(method)
+    def call(*arguments, **options):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*arguments, **options)
+
+    return call
 
 
 class Engine:
@@ -176,24 +191,37 @@ class Engine:
         merge: bool = False,
         clean_pass: bool = True,
         mark: Mark = _unmarked,
+        cache: KVCache | None = None,
     ):
         self.device = net.device
         self.mark = mark
         self._net, self._shape, self._steps = net, shape, tuple(steps)
         self._merges, self._cleans = merge and clean_pass, clean_pass
         dtype = net.share.format.dtype or net.dtype
-        self.cache = KVCache(net.share.size(net.size), settings, shape, device=net.device, dtype=dtype)
+        self.cache = cache or KVCache(net.share.size(net.size), settings, shape, device=net.device, dtype=dtype)
         self._chunks: dict[int, Chunk] = {}
         self._moments: dict[tuple[float, ...], Moment] = {}
         self._holds: dict[int, Given] = {}
         self._held: Given | None = None
         self._text = None
-        repeated = Recorder().repeated if graph and net.device.type == "cuda" else _by_any_key
+        self._repeated = Recorder().repeated if graph and net.device.type == "cuda" else _by_any_key
         self._make_films, self._denoise, self._clean = (
-            repeated(stage) for stage in (self._films_now, self._denoise_now, self._clean_now)
+            self._repeated(stage) for stage in (self._films_now, self._denoise_now, self._clean_now)
         )
 
-    @torch.no_grad()
+    @property
+    def steps(self) -> tuple[FewStep, ...]:
+        """The noise levels of a chunk; others count from the next chunk on, which records its passes anew."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: Sequence[FewStep]) -> None:
+        self._steps = tuple(steps)
+        for chunk in self._chunks.values():
+            chunk.make_room(len(self._steps))
+        self._denoise = self._repeated(self._denoise_now)
+
+    @_kept_writable
     def prompt(self, states_BLC: Tensor) -> None:
         """Take text states [1, L, text_dim]; counts from the next chunk on. What is cached keeps the old prompt."""
         self.settle()
@@ -209,20 +237,22 @@ class Engine:
         self.cache.reset()
         self._held = None
 
-    @torch.no_grad()
-    def denoise(self, noise: Tensor, fresh: Tensor, control: Tensor | None, condition: Tensor) -> Tensor:
-        """x0 of the next chunk, a tensor of its own: arguments as `Chunk` holds them. Its clean pass is `finish`'s."""
+    @_kept_writable
+    def denoise(self, noise: Tensor, fresh: Iterable[Tensor], control: Tensor | None, condition: Tensor) -> Tensor:
+        """x0 of the next chunk, a tensor of its own: arguments as `Chunk` holds them, all of `fresh` drawn before the
+        first pass. Its clean pass is `finish`'s."""
         if self._held and self._held.sight.frames != noise.shape[2]:
             self.settle()
         chunk = self._open(noise.shape[2], control, condition)
         chunk.noise.copy_(noise, non_blocking=True)
-        chunk.fresh.copy_(fresh, non_blocking=True)
+        for place, drawn in zip(chunk.fresh, fresh, strict=True):
+            place.copy_(drawn, non_blocking=True)
         self._denoise((self._held and self._held.sight.phase, self.cache.sight.phase))
         self._held = None
         self.mark("steps")
         return chunk.x0.clone()
 
-    @torch.no_grad()
+    @_kept_writable
     def finish(self) -> None:
         """The clean pass of the running chunk, or what is put in its place: its keys and values become the past."""
         if self.cache.sight is None:
@@ -234,14 +264,14 @@ class Engine:
         self.cache.commit()
         self.mark("clean pass")
 
-    @torch.no_grad()
+    @_kept_writable
     def settle(self) -> None:
         """The clean pass that `merge` has put off, if there is one: to be called before the cache is read or kept."""
         if self._held:
             self._net(self._moment(T_CLEAN), self._text, self._held)
             self._held = None
 
-    @torch.no_grad()
+    @_kept_writable
     def write(self, x0: Tensor, control: Tensor | None, condition: Tensor) -> None:
         """Take known clean latents [1, 16, f, h, w] as the next chunk (a start image)."""
         self.settle()
@@ -338,15 +368,24 @@ class StreamingDiT(nn.Module):
 
 
 class Plain:
-    """The engine's interface over the plain network: nothing recorded, nothing compiled."""
+    """The engine's interface over the plain network or a `StreamingDiT`: nothing recorded, and noise drawn when it is
+    needed, so that a chunk can be given up between two steps."""
 
     def __init__(
-        self, dit: DiT, settings: StreamSettings, shape: VideoShape, steps: Sequence[FewStep], mark: Mark = _unmarked
+        self,
+        dit: nn.Module,
+        settings: StreamSettings,
+        shape: VideoShape,
+        steps: Sequence[FewStep],
+        *,
+        mark: Mark = _unmarked,
+        cache: KVCache | None = None,
     ):
-        self._dit, self._steps, self.mark = dit, tuple(steps), mark
-        weight = dit.patch_embedding.weight
+        self._dit, self.steps, self.mark = dit, tuple(steps), mark
+        weight = next(dit.parameters())
         self.device = weight.device
-        self.cache = KVCache(dit.size, settings, shape, device=weight.device, dtype=weight.dtype)
+        self.cache = cache or KVCache(dit.size, settings, shape, device=weight.device, dtype=weight.dtype)
+        self._filmed: tuple[Tensor, Any] | None = None
 
     @torch.no_grad()
     def prompt(self, states_BLC: Tensor) -> None:
@@ -356,16 +395,20 @@ class Plain:
         self.cache.reset()
 
     @torch.no_grad()
-    def denoise(self, noise: Tensor, fresh: Tensor, control: Tensor | None, condition: Tensor) -> Tensor:
+    def denoise(self, noise: Tensor, fresh: Iterable[Tensor], control: Tensor | None, condition: Tensor) -> Tensor:
         self._tell(control, condition)
         draws: Iterator[Tensor] = iter(fresh)
-        self._x0 = denoise_chunk(self._dit, noise, self._steps, renoise=lambda _: next(draws), **self._told)
+        self._x0 = denoise_chunk(self._dit, noise, self.steps, renoise=lambda _: next(draws), **self._told)
         self.mark("steps")
         return self._x0
 
+    @torch.no_grad()
     def finish(self) -> None:
         write_clean(self._dit, self._x0, **self._told)
         self.mark("clean pass")
+
+    def settle(self) -> None:
+        """Nothing is ever put off."""
 
     @torch.no_grad()
     def write(self, x0: Tensor, control: Tensor | None, condition: Tensor) -> None:
@@ -374,6 +417,14 @@ class Plain:
         self.finish()
 
     def _tell(self, control: Tensor | None, condition: Tensor) -> None:
-        camera = camera_of(self._dit, control)
+        camera = self._film(control)
         self.mark("camera")
         self._told = dict(condition=condition, text=self._text, camera=camera, cache=self.cache)
+
+    def _film(self, control: Tensor | None):
+        """What the layers take from the camera. While the keys stay as they are it is that of the chunk before."""
+        if control is None or self.device.type != "cpu":  # comparing would make the host wait for a GPU
+            return camera_of(self._dit, control)
+        if self._filmed is None or not torch.equal(self._filmed[0], control):
+            self._filmed = control, camera_of(self._dit, control)
+        return self._filmed[1]

@@ -5,6 +5,8 @@ between layers; makes frames before it enlarges them, which gives the same numbe
 in bytes.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,12 @@ class PlainPictures:
 
     def reset(self) -> None:
         self._stream.reset()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._stream.load_state_dict(state)
 
     @torch.no_grad()
     def __call__(self, latents_BCFHW: Tensor) -> Tensor:
@@ -48,6 +56,19 @@ class PictureStream:
         self._began = False
         for memory in self._memories.values():
             memory.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What each layer remembers, by its number, on the CPU; nothing before a stream's first latent frame."""
+        return {str(index): x.cpu().clone() for index, x in self._memories.items()} if self._began else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.reset()
+        for index, saved in state.items():
+            # A recording reads what lies where it was recorded: an existing memory keeps its place.
+            there = self._memories.setdefault(int(index), torch.empty_like(saved, device=self._device))
+            there.copy_(saved)
+        self._began = bool(state)
 
     @torch.no_grad()
     def __call__(self, latents_BCFHW: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import traceback
 import zlib
@@ -20,6 +21,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+MEETING = "LINGBOT_MEETING"
+"""Environment variable that tells the processes of a session the file by which they may find each other."""
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
     "next_frames", "pixel_frames", "last_timings", "chunk", "window", "sink", "longest_chunk", "longest_window",
@@ -52,6 +55,7 @@ class RemoteSession:
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
         self._number = 0
         self._finishing = False
+        self._meeting: tempfile.TemporaryDirectory | None = None
         self._start()
 
     # -- what a player needs --------------------------------------------------------------------------------------
@@ -146,6 +150,8 @@ class RemoteSession:
                     process.kill()
                     process.join(5)
             self._workers, self._finishing = [], False
+            if self._meeting:
+                self._meeting.cleanup()
 
     def __enter__(self) -> "RemoteSession":
         return self
@@ -156,9 +162,12 @@ class RemoteSession:
     def _start(self) -> None:
         # Forking a process that has used CUDA or threads is unsafe: the workers start from nothing.
         context = multiprocessing.get_context("spawn")
+        # Anew each time: what processes that were killed have left in it would confuse the next ones.
+        self._meeting = tempfile.TemporaryDirectory(prefix="lingbot-")
+        meeting = os.path.join(self._meeting.name, "meeting")
         for rank in range(self._world):
             mine, theirs = context.Pipe()
-            arguments = (theirs, self._make, rank, self._world)
+            arguments = (theirs, self._make, rank, self._world, meeting)
             process = context.Process(target=_work, args=arguments, name=f"lingbot-rank-{rank}", daemon=True)
             process.start()
             theirs.close()
@@ -252,11 +261,11 @@ class RemoteSession:
 # -- the other side ---------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, make: Callable[[int, int], Any], rank: int, world: int) -> None:
+def _work(pipe: Connection, make: Callable[[int, int], Any], rank: int, world: int, meeting: str) -> None:
     """One rank: build the session, then do what the pipe says until it is closed."""
     # Interrupting a kernel signals its whole process group: the session is ended by its pipe, not by that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), MEETING: meeting})
     worker = _Worker(pipe, rank)
     try:
         worker.session = make(rank, world)

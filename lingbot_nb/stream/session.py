@@ -22,13 +22,13 @@ from torch import Tensor
 from lingbot_nb.control import camera
 from lingbot_nb.control.keys import KEYS, check_keys, held
 from lingbot_nb.distill.flow import FewStep, few_steps
-from lingbot_nb.distill.forcing import gaussian
-from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
-from lingbot_nb.model.dit import DiT, Film
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.fused import ALONE, Alone
 from lingbot_nb.model.kv_cache import KVCache
-from lingbot_nb.model.vae import from_uint8, to_uint8
+from lingbot_nb.model.vae import from_uint8
 from lingbot_nb.presets import FPS, LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings, VideoShape
-from lingbot_nb.stream.engine import StreamingDiT
+from lingbot_nb.stream.engine import Engine, Plain, Speed, StreamingDiT, fast
+from lingbot_nb.stream.engine_decoder import picture_stream
 
 TINY_INTRINSICS = (66.67, 80.0, 80.0, 48.0)
 """fx, fy, cx, cy of the tiny world's pictures, at `TINY_SIZE`."""
@@ -171,14 +171,19 @@ class Session:
     cropped to the middle and resized, with a warning. `path` turns keys into camera control; by default the preset's
     (intrinsics of the tiny world, or of LingBot's examples). Noise is drawn on the CPU: a seed means the same noise on
     any device. Raises ValueError for a picture, a prompt or steps that do not fit.
+
+    With `speed` the world runs on the engine (`engine.Engine`), which large networks on a GPU need to be played: the
+    first chunks compile and record, and a chunk that has begun is no longer given up for newer keys half-way. `share`
+    is this process's part where several play one world (`engine_parallel.HeadShare`); all must be given the same keys.
     """
 
     fps = FPS
     longest_window, longest_sink, longest_chunk = LONGEST_WINDOW, LONGEST_SINK, LONGEST_CHUNK
 
     def __init__(self, preset: Preset, dit, vae, text, *, start_image, prompt: str, steps: int = 4, seed: int = 0,
-                 device=None, dtype: torch.dtype | None = None, path: camera.LivePath | None = None):  # fmt: skip
-        self.preset, self.text = preset, text
+                 device=None, dtype: torch.dtype | None = None, path: camera.LivePath | None = None,
+                 speed: Speed | None = None, share: Alone = ALONE):  # fmt: skip
+        self.preset, self.text, self.speed, self._share = preset, text, speed, share
         first = next(dit.parameters())
         self.device = torch.device(device) if device else first.device
         self.dtype = dtype or first.dtype
@@ -190,16 +195,16 @@ class Session:
         """Whether to go on with the shortest window when the device is full, instead of raising RuntimeError; and
         whether the present window came about so."""
         self.last_timings: dict[str, float] = {}
-        self._decoder = self.vae.decoder_stream()
-        self._cache = self._new_cache()
+        self._pictures = picture_stream(self.vae, graph=speed is not None and speed.graph)
         self._generator = torch.Generator()
         self._memory = _Memory()
         self._log = bytearray()  # rows of keys: 8 bytes a pixel frame, so that an endless stream may keep them all
         self._changes: list[tuple[int, dict]] = []
         self._pending: Callable[[], None] | None = None
         self.seed = seed
-        self._set_steps(steps)
-        self._set_prompt(prompt)
+        self._steps, self._schedule = steps, self._levels(steps)
+        self._prompt, self._states = prompt, self._read(prompt)
+        self._stream = self._new_stream()
         self.start_image = start_image
 
     # -- what it is -----------------------------------------------------------------------------------------------
@@ -308,7 +313,7 @@ class Session:
             self.shrunk = False
             self._rebuild()
         else:
-            self._cache.sight = None  # that of a chunk which failed half-way has the old length
+            self._cache.abandon()  # a chunk which failed half-way has the old length
         self._changes.append((self.pixel_frames, changes))
 
     @torch.inference_mode()
@@ -318,15 +323,26 @@ class Session:
         They are numbered anew: the sink's frames, then the latest ones right behind them. A chunk that was made under a
         wider window than there is now is written in pieces.
         """
-        self._cache = self._new_cache()
+        self._stream = None  # the old cache and the new one may not fit beside each other
+        self._stream = self._new_stream()
         room = LONGEST_WINDOW if self.window is None else self.window - self.sink
         for chunk in self._memory.seen_by(self.window, self.sink):
             for piece in chunk.pieces(room):
-                write_clean(self._net, piece.x0, **self._inputs(piece.frames, piece.control))
+                self._stream.write(piece.x0, piece.control, self._conditions(piece.frames))
 
-    def _new_cache(self) -> KVCache:
-        preset = self.preset
-        return KVCache(preset.model, preset.stream, preset.shape, device=self.device, dtype=self.dtype)
+    def _new_stream(self, cache: KVCache | None = None) -> Engine | Plain:
+        """What makes chunks, of the present network, window, steps and prompt; with an empty cache unless given one."""
+        arguments = self._net, self.preset.stream, self.preset.shape, self._schedule
+        if self.speed is None:
+            stream = Plain(*arguments, cache=cache)
+        else:
+            stream = Engine(*arguments, graph=self.speed.graph, merge=self.speed.merge, cache=cache)
+        stream.prompt(self._states)
+        return stream
+
+    @property
+    def _cache(self) -> KVCache:
+        return self._stream.cache
 
     @property
     def start_image(self) -> np.ndarray:
@@ -365,23 +381,39 @@ class Session:
     def use(self, dit) -> None:
         """Go on with another student of the same size: a new checkpoint, say. The cache stays."""
         self.finish()
+        self._stream.settle()
         self._set_dit(dit)
-        self._set_prompt(self._prompt)
+        self._stream = self._new_stream(self._cache)
 
     def _set_dit(self, dit) -> None:
+        if self.speed is not None:
+            # Layer by layer: a GPU then never holds a large network twice, in its own numbers and in 8-bit ones.
+            self.dit = dit.eval()
+            self._net = fast(self.dit, self.speed, share=self._share, to=self._brought)
+            return
         self.dit = _placed(dit, self.device, self.dtype).eval()
         on_cpu = self.device.type == "cpu" and isinstance(self.dit, DiT)
         self._net = StreamingDiT(self.dit) if on_cpu else self.dit
-        self._filmed: tuple[Tensor, Film] | None = None
+
+    def _brought(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype if x.is_floating_point() else None)
+
+    def _read(self, prompt: str) -> Tensor:
+        """Text states [1, L, text_dim] of a prompt."""
+        with torch.no_grad():
+            return self.text.encode(prompt).to(self.device, self.dtype)[None]
 
     def _set_prompt(self, prompt: str) -> None:
-        with torch.no_grad():
-            states = self.text.encode(prompt).to(self.device, self.dtype)
-            self._words = self._net.text(states[None])
+        self._states = self._read(prompt)
+        self._stream.prompt(self._states)
         self._prompt = prompt
 
+    def _levels(self, steps: int) -> list[FewStep]:
+        return few_steps(self.preset.flow.labels(steps), self.preset.flow.shift)
+
     def _set_steps(self, steps: int) -> None:
-        self._schedule: list[FewStep] = few_steps(self.preset.flow.labels(steps), self.preset.flow.shift)
+        self._schedule = self._levels(steps)
+        self._stream.steps = self._schedule
         self._steps = steps
 
     # -- dtype and threads ----------------------------------------------------------------------------------------
@@ -393,7 +425,7 @@ class Session:
         With `fewest_steps` the steps are lowered as well, at most to that, until a chunk leaves the page its time.
         Elsewhere nothing is tried and None returned.
         """
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.speed is not None:
             return None
         about = dict(start_image=self.start_image, prompt=self.prompt, seed=self.seed)
 
@@ -418,6 +450,7 @@ class Session:
         if dtype != self.dtype:
             state, self.dtype = self.state_dict(), dtype
             self._set_dit(self.dit)
+            self._states = self._states.to(dtype)
             self.load_state_dict(state)
 
     @contextmanager
@@ -436,8 +469,8 @@ class Session:
         """Back to the start image, with the present prompt and steps; `seed` replaces the seed."""
         self.seed = self.seed if seed is None else seed
         self._generator.manual_seed(self.seed)
-        self._cache.reset()
-        self._decoder.reset()
+        self._stream.reset()
+        self._pictures.reset()
         self.path.reset()
         self._log, self._changes, self._pending, self._memory = bytearray(), [], None, _Memory()
         settings = ("prompt", "steps", "window", "sink", "chunk")
@@ -458,29 +491,17 @@ class Session:
         for length in self.preset.stream.chunk_lengths(self._start_latents.shape[2]):
             part = slice(at, at + length)
             x0 = self._start_latents[:, :, part]
-            self._write(_Written(x0, None if control is None else control[:, :, part]))
-            frames = self._decoder.decode(x0)
+            chunk = _Written(x0, None if control is None else control[:, :, part])
+            self._stream.write(chunk.x0, chunk.control, self._conditions(length))
+            self._memory.add(chunk)
+            frames = self._pictures(x0)
             at += length
         self._log.extend(self._start_keys[1:].tobytes())
-        return to_uint8(frames)[0, -1].cpu().numpy()
+        return frames[-1].cpu().numpy().copy()
 
-    def _write(self, chunk: _Written, film=None) -> None:
-        write_clean(self._net, chunk.x0, **self._inputs(chunk.frames, chunk.control, film))
+    def _clean_pass(self, chunk: _Written) -> None:
+        self._stream.finish()
         self._memory.add(chunk)
-
-    def _inputs(self, frames: int, control: Tensor | None, film=None) -> dict:
-        """What every pass over the next `frames` frames is given."""
-        film = self._film(control) if film is None else film
-        condition = self._condition[:, :, self._condition_frames(self._cache.frames_seen, frames)]
-        return dict(condition=condition, text=self._words, camera=film, cache=self._cache)
-
-    def _film(self, control: Tensor | None):
-        """What the layers take from the camera. While the keys stay as they are it is that of the chunk before."""
-        if control is None or self.device.type != "cpu":  # comparing would make the host wait for a GPU
-            return camera_of(self._net, control)
-        if self._filmed is None or not torch.equal(self._filmed[0], control):
-            self._filmed = control, camera_of(self._net, control)
-        return self._filmed[1]
 
     def step(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
         """One chunk: the pixel frames u8 [n, H, W, 3] that follow under `keys`, n = `next_frames`.
@@ -505,12 +526,12 @@ class Session:
         """
         self.finish()
         timings: dict[str, float] = {}
-        rows, x0, frames, written = self._begin_chunk(self._rows(keys), timings, newer)
+        rows, chunk, frames = self._begin_chunk(self._rows(keys), timings, newer)
         yield frames
-        for latent in x0.split(1, dim=2)[1:]:
+        for latent in chunk.x0.split(1, dim=2)[1:]:
             frames = self._decode(latent, timings)
             yield frames
-        self._pending = partial(self._write, *written)
+        self._pending = partial(self._clean_pass, chunk)
         self._log.extend(rows.tobytes())
         self.last_frame, self.last_timings = frames[-1], timings
 
@@ -532,29 +553,29 @@ class Session:
             rows = self._rows(keys)
 
     def _denoised(self, rows: np.ndarray, timings: dict[str, float], newer: Newer | None):
-        """x0 [1, 16, f, h, w], its first pixel frames, and what the clean pass will be given."""
+        """The chunk under these keys, and its first pixel frames."""
 
         def ask() -> None:
             if newer is not None and (keys := newer()) is not None:
                 raise _Rekeyed(keys)
 
-        def renoise(x0: Tensor) -> Tensor:
-            ask()
-            return gaussian(x0, self._generator)
+        def fresh() -> Iterator[Tensor]:
+            for _ in self._schedule[1:]:
+                ask()
+                yield self._noise()
 
         with self.on_threads():
             with self._timed(timings, "control"):
                 control = self._control(rows)
-                shared = self._inputs(self.chunk, control)
             with self._timed(timings, "denoise"):
-                x0 = denoise_chunk(self._net, self._noise(), self._schedule, renoise=renoise, **shared)
+                x0 = self._stream.denoise(self._noise(), fresh(), control, self._conditions(self.chunk))
             ask()
-        return x0, self._decode(x0[:, :, :1], timings), (_Written(x0, control), shared["camera"])
+        return _Written(x0, control), self._decode(x0[:, :, :1], timings)
 
     def _decode(self, latents: Tensor, timings: dict[str, float]) -> np.ndarray:
         before = timings.get("decode", 0.0)
         with self.on_threads(), self._timed(timings, "decode"):
-            frames = to_uint8(self._decoder.decode(latents))[0].cpu().numpy()
+            frames = self._pictures(latents).cpu().numpy().copy()  # the next call may write to the same memory
         timings["decode"] += before
         return frames
 
@@ -572,7 +593,6 @@ class Session:
                 f"{self.device} is full: a window of {shortest} instead of {self.window} frames frees {freed:.0f} MiB, "
                 "set it with `session.window` or have it done with `session.shrinks = True`"
             ) from full
-        self._cache = None  # the old one and the new one may not fit beside each other
         self._set_stream(window=shortest)
         self.shrunk = True
 
@@ -602,12 +622,13 @@ class Session:
             return None
         return self.path.push(rows)[None].to(self.device)
 
-    def _condition_frames(self, start: int, count: int) -> list[int]:
-        """The condition of frame i; after a clip's length, that of its last frame for ever."""
-        last = self._condition.shape[2] - 1
-        return [min(start + i, last) for i in range(count)]
+    def _conditions(self, count: int) -> Tensor:
+        """Mask and image of the next `count` frames; after a clip's length, those of its last frame for ever."""
+        start, last = self._cache.frames_seen, self._condition.shape[2] - 1
+        return self._condition[:, :, [min(start + i, last) for i in range(count)]]
 
     def _noise(self) -> Tensor:
+        """Standard normal numbers for a chunk; drawn for its start, then once for every later step."""
         shape = self.shape
         size = (1, LATENT_CHANNELS, self.preset.stream.chunk, shape.latent_height, shape.latent_width)
         return torch.randn(size, generator=self._generator).to(self.device)
@@ -655,9 +676,10 @@ class Session:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next chunk depends on besides the weights, as tensors on the CPU."""
         self.finish()
+        self._stream.settle()
         return {
             **_prefixed("cache", self._cache.state_dict()),
-            **_prefixed("decoder", self._decoder.state_dict()),
+            **_prefixed("decoder", self._pictures.state_dict()),
             **_prefixed("memory", self._memory.state_dict()),
             "generator": self._generator.get_state(),
             "start": torch.from_numpy(self._start.copy()),
@@ -676,12 +698,12 @@ class Session:
         card = json.loads(bytes(state["card"].tolist()))
         self._check_card(card)
         self.preset = replace(self.preset, stream=StreamSettings(**card["stream"]))
-        self._cache = self._new_cache()
-        self._set_prompt(card["prompt"])
-        self._set_steps(card["steps"])
+        self._steps, self._schedule = card["steps"], self._levels(card["steps"])
+        self._prompt, self._states = card["prompt"], self._read(card["prompt"])
+        self._stream = self._new_stream()
         self._set_start(state["start"].numpy(), state["start_keys"].numpy().astype(bool))
         self._cache.load_state_dict(_stripped("cache", state))
-        self._decoder.load_state_dict(_stripped("decoder", state))
+        self._pictures.load_state_dict(_stripped("decoder", state))
         self._memory.load_state_dict(_stripped("memory", state), self.device)
         self.path.frames, self.path.pitch = card["path_frames"], card["pitch"]
         self._generator.set_state(state["generator"])
