@@ -1,0 +1,223 @@
+"""What a file of scores looks like: one table, one figure, and strips of the best, the median and the worst film."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lingbot_nb.presets import FPS
+from lingbot_nb.report import figures
+from lingbot_nb.report.architecture import markdown_table
+
+ASKED = {"direction": 98, "still": 26, "drift": 15}
+"""What the project asks of the shipped student: percent, dB, percent either way."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: its title, the part and the keys of its numbers, their factor and digits."""
+
+    title: str
+    part: str
+    keys: tuple[str, ...]
+    factor: float = 1
+    digits: int = 1
+
+
+def _rows() -> list[Row]:
+    horizons = ("0.25", "1", "2", "4")
+    return [
+        *(Row(f"PSNR, {at} s (dB)", "follow", ("psnr", at)) for at in horizons),
+        *(Row(f"SSIM, {at} s", "follow", ("ssim", at), digits=3) for at in horizons),
+        *(Row(f"MS-SSIM, {at} s", "follow", ("ms_ssim", at), digits=3) for at in horizons),
+        *(Row(f"learned distance, {at} s (x100)", "follow", ("perceptual", at), 100) for at in horizons),
+        *(Row(f"LPIPS (AlexNet), {at} s", "follow", ("LPIPS (AlexNet)", at), digits=3) for at in horizons),
+        Row("sharpness / simulator", "follow", ("sharpness",), digits=2),
+        Row("FID-like distance of frames", "follow", ("frame_frechet",), digits=3),
+        Row("FVD-like distance of seconds", "follow", ("second_frechet",), digits=3),
+        Row("rotation error a frame (degrees)", "follow", ("rotation",), digits=2),
+        Row("translation error a frame (world scales)", "follow", ("translation",), digits=3),
+        Row("turn told right (%)", "follow", ("turn",), 100),
+        Row("walking key told right (%)", "follow", ("direction",), 100),
+        Row("J L held: turns the right way (%)", "control", ("turn",), 100),
+        Row("J L held: image shift to the right side (%)", "control", ("shift_right",), 100),
+        Row("J L held: image shift / pinhole", "control", ("shift_ratio",), digits=2),
+        Row("J L held: chunks that show motion (%)", "control", ("turn_shows",), 100),
+        Row("J L held: first follows in chunk", "control", ("turn_reaction",), digits=2),
+        Row("J L changed: first follows in chunk", "control", ("turn_reaction_to_change",), digits=2),
+        Row("W A S D held: steps the right way (%)", "control", ("walk",), 100),
+        Row("W A S D held: chunks that show motion (%)", "control", ("walk_shows",), 100),
+        Row("W A S D held: first follows in chunk", "control", ("walk_reaction",), digits=2),
+        Row("W A S D changed: first follows in chunk", "control", ("walk_reaction_to_change",), digits=2),
+        Row("turned away for 1 s: PSNR to the first view (dB)", "control", ("turn_away",)),
+        Row("turned back: PSNR to the first view (dB)", "control", ("turn_back",)),
+        Row("walked away for 1 s: PSNR to the first view (dB)", "go_and_return", ("away",)),
+        Row("walked back: PSNR to the first view (dB)", "go_and_return", ("back",)),
+        Row("no key: PSNR to its own first second, at the end (dB)", "stand", ("still", "-1")),
+        Row("free walk: sharpness, last 10 s / first second", "free_walk", ("sharpness_last",), digits=2),
+        Row("free walk: saturation, last 10 s / first second", "free_walk", ("saturation_last",), digits=2),
+        Row("free walk: freezes where it should move (%)", "free_walk", ("freeze",), 100),
+        Row("free walk: distance to the corpus, last 10 s", "free_walk", ("corpus_last",), digits=2),
+        Row("free walk: jump at chunk borders", "free_walk", ("jump",), digits=2),
+        Row("diversity between seeds, learned distance (x100)", "variety", ("diversity",), 100),
+        Row("distance to the truth of the same films (x100)", "variety", ("to_truth",), 100),
+        Row("pixel frames a second", "speed", ("fps",)),
+    ]
+
+
+ORDER = ("simulator", "first frame held", "tokenizer", "teacher, poses", "student, poses")
+
+
+def labels(found: Mapping) -> list[str]:
+    """Everyone in a file of scores, in the order of the table's columns."""
+    names = dict.fromkeys(label for part in found["parts"].values() for label in part)
+    return [*(name for name in ORDER if name in names), *(name for name in names if name not in ORDER)]
+
+
+def table(found: Mapping) -> str:
+    """The one table, in Markdown: means with 95 % bootstrap intervals over walks; lines without any number left out."""
+    names, lines = labels(found), []
+    for row in _rows():
+        cells = [cell(value(found, row, name), row) for name in names]
+        if any(cell != "–" for cell in cells):
+            lines.append((row.title, *cells))
+    return markdown_table(("", *names), lines)
+
+
+def value(found: Mapping, row: Row, label: str):
+    """What a part found for a label under the row's keys; None if nothing."""
+    at = found["parts"].get(row.part, {}).get(label)
+    for key in row.keys:
+        if at is None:
+            return None
+        at = (at[int(key)] if at else None) if isinstance(at, list) else at.get(key)
+    return at
+
+
+def cell(found, row: Row) -> str:
+    """A number, or a mean with its interval, as the table writes it."""
+    if found is None:
+        return "–"
+    numbers = found[:3] if isinstance(found, list) else [found]
+    mean, *bounds = (f"{number * row.factor:.{row.digits}f}" for number in numbers)
+    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
+
+
+# ---- the figure ------------------------------------------------------------------------------------------------------
+
+
+@figures.styled
+def figure(found: Mapping) -> Figure:
+    """Six panels of a file of scores: two distances to the truth over time, direction by key, standing still, and the
+    drift of sharpness and saturation. Bands and bars are 95 % bootstrap intervals over walks."""
+    drawn, axes = plt.subplots(2, 3, figsize=(11.5, 6.2))
+    parts = found["parts"]
+    _curves(axes[0, 0], parts.get("follow", {}), "psnr", "PSNR (dB)", "a  Distance to the simulator")
+    _curves(axes[0, 1], parts.get("follow", {}), "perceptual", "learned distance (x100)", "b  In features", 100)
+    _keys(axes[0, 2], parts.get("control", {}))
+    _still(axes[1, 0], parts.get("stand", {}))
+    walk = parts.get("free_walk", {})
+    _drift(axes[1, 1], walk, "sharpness", "e  Sharpness on a free walk")
+    _drift(axes[1, 2], walk, "saturation", "f  Saturation on a free walk")
+    handles = {}
+    for ax in axes.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    names = [name for name in labels(found) if name in handles]
+    drawn.legend([handles[n] for n in names], names, ncols=min(7, len(names)), loc="outside lower center")
+    return drawn
+
+
+def look(label: str) -> dict:
+    """Colour and line of a label: students share a colour, and poses are dashed."""
+    tints = {"tokenizer": "#b58900", "first frame held": "#c44e52"}
+    style = {"student, poses": "--", "simulator": "-", "first frame held": ":"}.get(label, "-")
+    return {"color": tints.get(label, figures.colour(label)), "ls": style, "label": label}
+
+
+def _band(ax: Axes, seconds: Sequence[float], values: Sequence, style: Mapping, factor: float = 1) -> None:
+    kept = [(at, value) for at, value in zip(seconds, values, strict=True) if value is not None]
+    if kept:
+        at, rows = [at for at, _ in kept], np.array([value[:3] for _, value in kept]) * factor
+        ax.plot(at, rows[:, 0], lw=1.7, **style)
+        ax.fill_between(at, rows[:, 1], rows[:, 2], color=style["color"], alpha=0.12, lw=0)
+
+
+def _curves(ax: Axes, part: Mapping, name: str, ylabel: str, title: str, factor: float = 1) -> None:
+    for label, row in part.items():
+        if "curves" in row and not label.startswith(("student, 2", "student, 1")):
+            _band(ax, row["seconds"], row["curves"][name], look(label), factor)
+    if name == "perceptual":
+        ax.set_ylim(bottom=0)
+    ax.set(xlabel="seconds since the start picture", ylabel=ylabel)
+    ax.set_title(title)
+    ax.grid(axis="y")
+
+
+def _keys(ax: Axes, part: Mapping) -> None:
+    width = 0.8 / max(len(part), 1)
+    for index, (label, row) in enumerate(part.items()):
+        keys = [key for key in "wasdjl" if row["keys"].get(key)]
+        share = np.array([row["keys"][key][:3] for key in keys]).reshape(-1, 3) * 100
+        at = np.array(["wasdjl".index(key) for key in keys]) + (index - (len(part) - 1) / 2) * width
+        style = look(label)
+        reach = np.abs(share[:, 1:] - share[:, :1]).T
+        ax.bar(at, share[:, 0], width * 0.92, color=style["color"], label=label)
+        ax.errorbar(at, share[:, 0], reach, fmt="none", ecolor="#888888", lw=1)
+    _line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %")
+    ax.set_xticks(range(6), list("WASDJL"))
+    ax.set(ylim=(0, 112), xlabel="key held for a second", ylabel="chunks in the right direction (%)")
+    ax.set_title("c  Control, where the scene moves")
+
+
+def _still(ax: Axes, part: Mapping) -> None:
+    for label, row in part.items():
+        if label.startswith("student"):
+            _band(ax, row["seconds"], row["still"], look(label))
+    _line(ax, ASKED["still"], f"asked: {ASKED['still']} dB")
+    ax.set(xlabel="seconds without a key", ylabel="PSNR to the first second's end (dB)")
+    ax.set_title("d  Standing still")
+    ax.grid(axis="y")
+
+
+def _drift(ax: Axes, part: Mapping, name: str, title: str) -> None:
+    away = ASKED["drift"] / 100
+    ax.axhspan(1 - away, 1 + away, color="#000000", alpha=0.06, lw=0)
+    place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
+    ax.text(0.99, 1 + away, f"asked: ± {ASKED['drift']} % ", fontsize=8, color="#666666", **place)
+    for label, row in part.items():
+        _band(ax, row["seconds"], row[name], look(label))
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="seconds of play", ylabel="over the first second's")
+    ax.set_title(title)
+
+
+def _line(ax: Axes, at: float, words: str) -> None:
+    ax.axhline(at, color="#c1121f", lw=1, ls="--")
+    place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
+    ax.text(0.99, at, f"{words} ", color="#c1121f", fontsize=8, **place)
+
+
+# ---- strips ----------------------------------------------------------------------------------------------------------
+
+
+def strip(rows: Mapping[str, np.ndarray], title: str, count: int = 9) -> Axes:
+    """Films as a filmstrip of `count` pictures from the first to the last; `rows` as in `Outcome.strips`."""
+    longest = max(len(film) for film in rows.values())
+    return figures.filmstrip(rows, at=np.linspace(0, longest - 1, count).round().astype(int), fps=FPS, title=title)
+
+
+def save(drawn: Figure | Axes, path: Path) -> Path:
+    """Writes a figure, or the one that axes belong to, under a temporary name, renames it, and closes it."""
+    drawn = drawn if isinstance(drawn, Figure) else drawn.figure
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    drawn.savefig(partial, dpi=140)
+    plt.close(drawn)
+    os.replace(partial, path)
+    return path

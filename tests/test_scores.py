@@ -1,0 +1,237 @@
+"""Trials and scores: rules against hand-made readings and films, and the whole exam on a micro world."""
+
+import json
+from functools import partial
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from lingbot_nb.control.keys import held
+from lingbot_nb.distill.flow import few_steps
+from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.text import TinyText
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.presets import MICRO
+from lingbot_nb.report import evaluation, metrics, score_view, scores, trials
+from lingbot_nb.report.judge import Judge
+from lingbot_nb.stream.session import Session
+from lingbot_nb.world.clips import HELD_OUT_SEED, Clip
+
+SIZE = MICRO.shape.height, MICRO.shape.width
+
+
+def micro_clip(seed: int, frames: int = 21) -> Clip:
+    rng = np.random.default_rng(seed)
+    poses = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
+    poses[:, 2, 3] = 8 * np.arange(frames)
+    keys = np.zeros((frames, 8), bool)
+    keys[1:, 0] = True
+    pictures = rng.integers(0, 256, (frames, *SIZE, 3), np.uint8)
+    camera = np.array([20, 24, 24, 16], np.float32)
+    return Clip(pictures, poses, keys, camera, HELD_OUT_SEED + seed, "micro", f"micro-{seed}")
+
+
+@pytest.fixture(scope="module")
+def exam() -> trials.Exam:
+    torch.manual_seed(0)
+    student, teacher = (DiT(MICRO.model).eval().requires_grad_(False) for _ in range(2))
+    for dit in (student, teacher):
+        torch.nn.init.normal_(dit.head.head.weight, std=0.05)
+    vae, judge = TinyVAE(MICRO_VAE).eval(), Judge().eval().requires_grad_(False)
+    context = TinyText(MICRO.model.text_dim, MICRO.model.text_len).encode("a walk")
+    clips = [micro_clip(seed) for seed in range(3)]
+    return trials.Exam(MICRO, vae, student, judge, context, clips, teacher, teacher_steps=2, student_steps=(2, 1),
+                       size=2, say=lambda line: None)  # fmt: skip
+
+
+# ---- films -----------------------------------------------------------------------------------------------------------
+
+
+def test_films_side_by_side_are_those_of_a_session(exam):
+    """The second film of a group, on its own noise, equals what a session plays from the same seed."""
+    keys = trials.script("w-4,j-4,none-4")
+    made = exam.play(exam.starts, np.repeat(keys[None], 3, 0), seed=0)
+    assert made.shape == (3, 13, *SIZE, 3)
+
+    class Words:
+        def encode(self, prompt):
+            return exam.context
+
+    for number in (0, 1, 2):
+        parts = MICRO, exam.student, exam.vae, Words()
+        live = Session(*parts, start_image=exam.starts[number], prompt="", steps=2, seed=number)
+        film = [live.first_frame[None], *(live.step(rows) for rows in keys[1:].reshape(3, 4, 8))]
+        difference = np.abs(np.concatenate(film).astype(int) - made[number])
+        assert difference.max() <= 1
+
+
+def test_films_of_wrong_keys_are_named(exam):
+    with pytest.raises(ValueError, match="start pictures"):
+        exam.play(exam.starts, np.zeros((2, 5, 8), bool))
+    with pytest.raises(ValueError, match="4n \\+ 1"):
+        exam.play(exam.starts, np.zeros((3, 6, 8), bool))
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_sums_and_empty_ones_are_none():
+    got = trials.ratio([1, 9], [1, 19])
+    assert got[0] == pytest.approx(0.5) and got[1] <= 0.5 <= got[2] and got[3] == 20
+    assert trials.ratio([0.0], [0.0]) is None and trials.interval([]) is None
+    right, counts = np.array([[True, True], [False, True]]), np.array([[True, False], [True, True]])
+    assert trials.counted(right, counts)[0] == pytest.approx(2 / 3)
+
+
+def test_films_are_chosen_by_rank():
+    assert trials.ranked([3.0, 9.0, float("nan"), 5.0, 1.0]) == {"best": 1, "median": 0, "worst": 2}
+    assert trials.ranked([4.0, 5.0]) == {"best": 1, "worst": 0}
+    assert trials.ranked([4.0]) == {"best": 0}
+    films = {"student": np.arange(3)[:, None]}
+    rows = trials.shown(films, [1.0, 3.0, 2.0], "{:.0f}")
+    assert {name.split()[0]: film[0] for name, film in rows.items()} == {"best": 1, "median": 2, "worst": 0}
+
+
+def asked(pair: str, right, shows) -> trials.Asked:
+    right, shows = np.array(right, bool), np.array(shows, bool)
+    some = np.full(len(right), 20.0)
+    return trials.Asked(pair, right, shows, np.where(right, 4.0, -4.0) if pair == "jl" else right * np.nan, *[some] * 3)
+
+
+def test_momentum_excuses_one_chunk_of_a_walk_and_none_of_a_turn():
+    right = [[1, 1, 0, 1]]
+    walk, turn = asked("ws", right, [[1] * 4]), asked("jl", right, [[1] * 4])
+    assert walk.counts.tolist() == [[True, True, False, True]]
+    found = trials.control_scores([walk, turn], focal=66.67)
+    assert found["walk"][0] == 1 and found["walk"][3] == 3
+    assert found["turn"][0] == 0.75 and found["turn_shows"] == 1
+    assert found["keys"]["w"][0] == 1 and found["keys"]["l"][0] == 0.5
+    assert found["shift_right"][0] == 0.75
+    assert found["shift_ratio"][0] == pytest.approx((4 * 3 - 4) / (4 * metrics.pinhole_shift(4.0, 66.67)))
+
+
+def test_reaction_counts_from_one_and_leaves_out_what_never_moves():
+    part = asked("ws", [[0, 1, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]], [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+    assert trials.reactions(part, 0).tolist() == [2, 1]
+    assert trials.reactions(part, 2).tolist() == [3, 2]
+    assert trials.first_chunk(part)[1].tolist() == [True, True, False]
+
+
+def panning(pixels: int, frames: int = 33) -> np.ndarray:
+    """A film whose picture moves right by `pixels` a pixel frame: a view that turns left."""
+    noise = cv2.GaussianBlur(np.random.default_rng(3).random((96, 600, 3)).astype(np.float32), (0, 0), 2.0)
+    wide = ((noise - noise.min()) / np.ptp(noise) * 255).astype(np.uint8)
+    return np.stack([np.roll(wide, pixels * n, 1)[:, 200:360] for n in range(frames)])
+
+
+def test_scores_of_films_alone_read_turns_from_the_image():
+    keys = np.zeros((2, 33, 8), bool)
+    keys[0, 1:], keys[1, 1:] = held("j"), held("l")
+    films = np.stack([panning(5), panning(-5)])
+    focal = 5 / np.tan(np.deg2rad(4.0))
+    found = scores.film_scores(films, keys, focal=focal)
+    assert found["shift_right"][0] == 1 and found["shift_ratio"][0] == pytest.approx(1, abs=0.1)
+    assert found["sharpness"][0][0] == 1 and found["freeze"][0] == 0
+    wrong = scores.film_scores(films[::-1], keys, focal=focal)
+    assert wrong["shift_right"][0] == 0
+    frozen = scores.film_scores(np.repeat(films[:, :1], 33, 1), keys)
+    assert frozen["freeze"][0] == 1 and "shift_right" not in frozen
+    with pytest.raises(ValueError, match="one row of keys"):
+        scores.film_scores(films, keys[:, :5])
+
+
+def test_a_judge_adds_what_it_reads(exam):
+    films = np.random.default_rng(0).integers(0, 256, (2, 17, *SIZE, 3), np.uint8)
+    keys = np.zeros((2, 17, 8), bool)
+    keys[:, 1:9], keys[:, 9:] = held("w"), held("l")
+    found = scores.film_scores(films, keys, judge=exam.judge)
+    assert found["turn"][3] == 4 and found["direction"][3] == 4
+    assert found["corpus"][0] > 0 and found["corpus_frechet"] > 0
+
+
+def test_sharpness_drift_is_relative_to_the_first_second(exam):
+    film = np.repeat(panning(3, 17)[None], 2, 0)
+    film = np.concatenate([film, film[:, 1:] // 2], 1)
+    found = trials.drift(exam, film, np.ones((2, 32), bool))
+    assert found["sharpness"][0][0] == 1 and found["sharpness"][1][0] == pytest.approx(0.25, abs=0.02)
+    assert len(found["corpus"]) == 2 and found["freeze"][0] == 0
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+QUICK = {
+    "follow": partial(trials.follow, frames=5),
+    "control": partial(trials.control, pairs=("ws", "jl")),
+    "stand": partial(trials.stand, seconds=2),
+    "go_and_return": trials.go_and_return,
+    "free_walk": partial(trials.free_walk, seconds=2, walks=2),
+    "variety": partial(trials.variety, seeds=2, starts=2, frames=3),
+    "speed": partial(trials.speed, seconds=0.01),
+}
+
+
+@pytest.fixture(scope="module")
+def examined(exam, tmp_path_factory) -> tuple[dict, object]:
+    file = tmp_path_factory.mktemp("scores") / "scores.json"
+    return scores.examine(exam, QUICK, file=file, about={"clips": 3}), file
+
+
+def test_a_whole_exam_needs_no_simulator(examined):
+    found, file = examined
+    assert json.loads(file.read_text())["parts"] == json.loads(json.dumps(found["parts"]))
+    assert set(found["parts"]["follow"]) == {
+        "simulator", "first frame held", "tokenizer", "teacher, poses", "student, poses", "student, 2 steps",
+        "student, 1 step",
+    }  # fmt: skip
+    row = found["parts"]["follow"]["student, 2 steps"]
+    assert len(row["psnr"]["1"]) == 4 and row["psnr"]["1"][3] == 3
+    assert row["frame_frechet"] > 0 and len(row["curves"]["psnr"]) == len(row["seconds"]) == 4
+    assert list(found["parts"]["control"]) == ["student, 2 steps"]
+    assert not list(file.parent.glob("*partial*"))
+    names = ("follow-1", "follow-2", "control-1", "stand-1", "go-and-return-1", "free-walk-1")
+    assert {p.name for p in (file.parent / "scores").iterdir()} == {f"{name}.jpg" for name in names}
+
+
+def test_a_finished_exam_is_not_made_again(exam, examined):
+    found, file = examined
+
+    def never(exam):
+        raise AssertionError("made again")
+
+    assert scores.examine(exam, dict.fromkeys(QUICK, never), file=file, about={"clips": 3}) == json.loads(
+        file.read_text()
+    )
+    with pytest.raises(ValueError, match="another file or delete"):
+        scores.examine(exam, QUICK, file=file, about={"clips": 4})
+
+
+def test_table_and_figure_show_what_was_found(examined, tmp_path):
+    found, _ = examined
+    lines = score_view.table(found).splitlines()
+    assert lines[0].startswith("|  | simulator | first frame held | tokenizer | teacher, poses | student, poses")
+    at_one = next(line for line in lines if line.startswith("| PSNR, 1 s"))
+    mean, low, high, _ = found["parts"]["follow"]["student, 2 steps"]["psnr"]["1"]
+    assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in at_one
+    assert not any("4 s" in line for line in lines) and any("pixel frames a second" in line for line in lines)
+    drawn = score_view.figure(found)
+    assert len(drawn.axes) == 6 and all(ax.lines or ax.patches for ax in drawn.axes)
+    assert score_view.save(drawn, tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_figure_of_some_parts_only_can_be_drawn():
+    stand = {"student, 4 steps": {"seconds": [2, 3], "still": [[30, 29, 31, 4], None]}}
+    found = {"about": {}, "parts": {"stand": stand}}
+    drawn = score_view.figure(found)
+    assert drawn.axes[3].lines
+    score_view.plt.close(drawn)
+    assert "| no key: PSNR" not in score_view.table(found)
+
+
+def test_play_is_seeded(exam):
+    keys = np.repeat(trials.script("w-8")[None], 3, 0)
+    assert (exam.play(exam.starts, keys, 1) == exam.play(exam.starts, keys, 1)).all()
+    steps = few_steps(MICRO.flow.labels(2), MICRO.flow.shift)
+    given = exam.student, exam.vae, exam.context, MICRO, exam.starts[:1], keys[:1]
+    assert (evaluation.play(*given, steps=steps, seed=1) != evaluation.play(*given, steps=steps, seed=2)).any()
