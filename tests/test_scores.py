@@ -156,6 +156,7 @@ def test_sharpness_drift_is_relative_to_the_first_second(exam):
     film = np.concatenate([film, film[:, 1:] // 2], 1)
     found = trials.drift(exam, film, np.ones((2, 32), bool))
     assert found["sharpness"][0][0] == 1 and found["sharpness"][1][0] == pytest.approx(0.25, abs=0.02)
+    assert found["sharpness_last"] == found["sharpness"][1]
     assert len(found["corpus"]) == 2 and found["freeze"][0] == 0
 
 

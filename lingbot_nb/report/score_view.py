@@ -35,7 +35,7 @@ def _rows() -> list[Row]:
         *(Row(f"PSNR, {at} s (dB)", "follow", ("psnr", at)) for at in horizons),
         *(Row(f"SSIM, {at} s", "follow", ("ssim", at), digits=3) for at in horizons),
         *(Row(f"MS-SSIM, {at} s", "follow", ("ms_ssim", at), digits=3) for at in horizons),
-        *(Row(f"learned distance, {at} s (x100)", "follow", ("perceptual", at), 100) for at in horizons),
+        *(Row(f"learned distance, {at} s", "follow", ("perceptual", at), digits=3) for at in horizons),
         *(Row(f"LPIPS (AlexNet), {at} s", "follow", ("LPIPS (AlexNet)", at), digits=3) for at in horizons),
         Row("sharpness / simulator", "follow", ("sharpness",), digits=2),
         Row("FID-like distance of frames", "follow", ("frame_frechet",), digits=3),
@@ -59,13 +59,13 @@ def _rows() -> list[Row]:
         Row("walked away for 1 s: PSNR to the first view (dB)", "go_and_return", ("away",)),
         Row("walked back: PSNR to the first view (dB)", "go_and_return", ("back",)),
         Row("no key: PSNR to its own first second, at the end (dB)", "stand", ("still", "-1")),
-        Row("free walk: sharpness, last 10 s / first second", "free_walk", ("sharpness_last",), digits=2),
-        Row("free walk: saturation, last 10 s / first second", "free_walk", ("saturation_last",), digits=2),
+        Row("free walk: sharpness, at the end / first second", "free_walk", ("sharpness_last",), digits=2),
+        Row("free walk: saturation, at the end / first second", "free_walk", ("saturation_last",), digits=2),
         Row("free walk: freezes where it should move (%)", "free_walk", ("freeze",), 100),
-        Row("free walk: distance to the corpus, last 10 s", "free_walk", ("corpus_last",), digits=2),
+        Row("free walk: distance to the corpus at the end", "free_walk", ("corpus_last",), digits=2),
         Row("free walk: jump at chunk borders", "free_walk", ("jump",), digits=2),
-        Row("diversity between seeds, learned distance (x100)", "variety", ("diversity",), 100),
-        Row("distance to the truth of the same films (x100)", "variety", ("to_truth",), 100),
+        Row("diversity between seeds, learned distance", "variety", ("diversity",), digits=3),
+        Row("distance to the truth of the same films", "variety", ("to_truth",), digits=3),
         Row("pixel frames a second", "speed", ("fps",)),
     ]
 
@@ -118,7 +118,7 @@ def figure(found: Mapping) -> Figure:
     drawn, axes = plt.subplots(2, 3, figsize=(11.5, 6.2))
     parts = found["parts"]
     _curves(axes[0, 0], parts.get("follow", {}), "psnr", "PSNR (dB)", "a  Distance to the simulator")
-    _curves(axes[0, 1], parts.get("follow", {}), "perceptual", "learned distance (x100)", "b  In features", 100)
+    _curves(axes[0, 1], parts.get("follow", {}), "perceptual", "learned distance", "b  The same in features")
     _keys(axes[0, 2], parts.get("control", {}))
     _still(axes[1, 0], parts.get("stand", {}))
     walk = parts.get("free_walk", {})
@@ -139,20 +139,19 @@ def look(label: str) -> dict:
     return {"color": tints.get(label, figures.colour(label)), "ls": style, "label": label}
 
 
-def _band(ax: Axes, seconds: Sequence[float], values: Sequence, style: Mapping, factor: float = 1) -> None:
+def _band(ax: Axes, seconds: Sequence[float], values: Sequence, style: Mapping) -> None:
     kept = [(at, value) for at, value in zip(seconds, values, strict=True) if value is not None]
     if kept:
-        at, rows = [at for at, _ in kept], np.array([value[:3] for _, value in kept]) * factor
+        at, rows = [at for at, _ in kept], np.array([value[:3] for _, value in kept])
         ax.plot(at, rows[:, 0], lw=1.7, **style)
         ax.fill_between(at, rows[:, 1], rows[:, 2], color=style["color"], alpha=0.12, lw=0)
 
 
-def _curves(ax: Axes, part: Mapping, name: str, ylabel: str, title: str, factor: float = 1) -> None:
+def _curves(ax: Axes, part: Mapping, name: str, ylabel: str, title: str) -> None:
     for label, row in part.items():
         if "curves" in row and not label.startswith(("student, 2", "student, 1")):
-            _band(ax, row["seconds"], row["curves"][name], look(label), factor)
-    if name == "perceptual":
-        ax.set_ylim(bottom=0)
+            _band(ax, row["seconds"], row["curves"][name], look(label))
+    ax.set_yscale("log" if name == "perceptual" else "linear")
     ax.set(xlabel="seconds since the start picture", ylabel=ylabel)
     ax.set_title(title)
     ax.grid(axis="y")
@@ -168,7 +167,7 @@ def _keys(ax: Axes, part: Mapping) -> None:
         reach = np.abs(share[:, 1:] - share[:, :1]).T
         ax.bar(at, share[:, 0], width * 0.92, color=style["color"], label=label)
         ax.errorbar(at, share[:, 0], reach, fmt="none", ecolor="#888888", lw=1)
-    _line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %")
+    _line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %", 102)
     ax.set_xticks(range(6), list("WASDJL"))
     ax.set(ylim=(0, 112), xlabel="key held for a second", ylabel="chunks in the right direction (%)")
     ax.set_title("c  Control, where the scene moves")
@@ -187,8 +186,8 @@ def _still(ax: Axes, part: Mapping) -> None:
 def _drift(ax: Axes, part: Mapping, name: str, title: str) -> None:
     away = ASKED["drift"] / 100
     ax.axhspan(1 - away, 1 + away, color="#000000", alpha=0.06, lw=0)
-    place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
-    ax.text(0.99, 1 + away, f"asked: ± {ASKED['drift']} % ", fontsize=8, color="#666666", **place)
+    words = f"grey: ± {ASKED['drift']} %, as asked"
+    ax.text(0.99, 0.03, words, fontsize=8, color="#666666", ha="right", transform=ax.transAxes)
     for label, row in part.items():
         _band(ax, row["seconds"], row[name], look(label))
     ax.set_ylim(bottom=0)
@@ -196,10 +195,10 @@ def _drift(ax: Axes, part: Mapping, name: str, title: str) -> None:
     ax.set_title(title)
 
 
-def _line(ax: Axes, at: float, words: str) -> None:
+def _line(ax: Axes, at: float, words: str, words_at: float | None = None) -> None:
     ax.axhline(at, color="#c1121f", lw=1, ls="--")
     place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
-    ax.text(0.99, at, f"{words} ", color="#c1121f", fontsize=8, **place)
+    ax.text(0.99, at if words_at is None else words_at, words, color="#c1121f", fontsize=8, **place)
 
 
 # ---- strips ----------------------------------------------------------------------------------------------------------

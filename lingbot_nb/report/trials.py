@@ -40,7 +40,7 @@ HOLD = FPS
 GO_AND_RETURN = "w-16,none-8,s-16,none-8"
 """A second out and a second back, each with half a second to come to rest: walkers have momentum."""
 LAST = 10
-"""Seconds at the end of a free walk that are compared with its first second."""
+"""Seconds at the end of a free walk, at most half of it, that are compared with its first second."""
 Interval = list
 """[mean, low, high, n]: 95 % bootstrap over walks. None where nothing could be counted."""
 
@@ -450,9 +450,9 @@ def reactions(part: Asked, begin: int) -> np.ndarray:
 
 
 def stand(exam: Exam, seconds: int = 8) -> Outcome:
-    """No key for `seconds`: PSNR of the last latent frame of every second to the last picture of the first second."""
+    """No key for `seconds`: PSNR of every later latent frame's last picture to the last picture of the first second."""
     films = exam.films(exam.clips, script(f"none-{FPS * seconds}"))
-    at = [FPS * second for second in range(2, seconds + 1)]
+    at = list(range(FPS + TIME_STRIDE, FPS * seconds + 1, TIME_STRIDE))
     kept = {label: psnr(some[:, at], np.repeat(some[:, FPS : FPS + 1], len(at), 1)) for label, some in films.items()}
     scores = {
         label: {"seconds": [i / FPS for i in at], "still": [interval(column) for column in values.T]}
@@ -485,7 +485,7 @@ def free_walk(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
     mine = scores[exam.name]
     exam.say(f"  sharpness {mine['sharpness_last'][0]:.2f}, saturation {mine['saturation_last'][0]:.2f} of the first s")
     detail = np.stack([per_second(metrics.laplacian_variance(film)) for film in films[exam.name]])
-    kept = detail[:, -min(LAST, seconds) :].mean(1) / np.maximum(detail[:, 0], 1e-9)
+    kept = detail[:, ending(seconds)].mean(1) / np.maximum(detail[:, 0], 1e-9)
     some = {label: films[label] for label in films if label != "tokenizer"}
     worst_last = -np.abs(np.log(np.maximum(kept, 1e-9)))
     rows = {}
@@ -524,7 +524,7 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
         "corpus": distance[:, 1:].reshape(len(films), -1, SECOND).mean(2),
     }
     first = {name: values[:, 0] for name, values in parts.items()}
-    last = slice(-min(LAST, parts["sharpness"].shape[1]), None)
+    last = ending(parts["sharpness"].shape[1])
     scores = {"seconds": list(range(1, parts["sharpness"].shape[1] + 1))}
     for name in ("sharpness", "saturation"):
         scores[name] = [ratio(column, first[name]) for column in parts[name].T]
@@ -534,6 +534,11 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
         scores[f"{name}_last"] = interval(parts[name][:, last].mean(1))
     frozen = np.stack([metrics.frame_difference(film) < FROZEN for film in films])
     return scores | {"freeze": counted(frozen, moving), "jump": float(np.mean([*map(metrics.boundary_jump, films)]))}
+
+
+def ending(seconds: int) -> slice:
+    """The last seconds of a walk of `seconds`."""
+    return slice(-max(1, min(LAST, seconds // 2)), None)
 
 
 def per_second(values: np.ndarray) -> np.ndarray:
