@@ -5,6 +5,7 @@ stopped with Ctrl-C.
 """
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -202,6 +203,13 @@ def _add_play(commands) -> None:
     command.add_argument("--out", type=Path, required=True, help="the mp4")
     command.add_argument("--image", type=Path, help="start picture (default: the first shipped clip's)")
     _add_session(command)
+    group = command.add_argument_group("LingBot-World's own size")
+    group.add_argument("--weights", type=Path, metavar="FOLDER", help="a released or converted folder plays, not a run")
+    group.add_argument("--part", help="which of its networks, where it has several")
+    group.add_argument("--decoder", type=Path, metavar="FILE", help="TAEHV weights, to decode at a stream's pace")
+    group.add_argument("--size", type=_size, default=(480, 832), metavar="480x832", help="height and width in pixels")
+    group.add_argument("--prompt", default="", help="what the world is like")
+    group.add_argument("--gpus", type=_positive, default=1, help="GPUs that share the world")
     command.set_defaults(command=play)
 
     benches = commands.add_parser("bench", help="measure live play")
@@ -263,6 +271,13 @@ def _add_session(command: argparse.ArgumentParser) -> None:
     command.add_argument("--student", default="student.safetensors", metavar="FILE", help="weights, by name")
     command.add_argument("--steps", type=_positive, default=4, help="denoising steps a chunk")
     command.add_argument("--seed", type=int, default=0)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no picture size: write it like 480x832, height first")
+    return int(found[1]), int(found[2])
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -55,10 +55,10 @@ def micro(rank: int = 0, world: int = 1, **options):
 
 def shared(rank: int, world: int):
     """One world on the engine, each process with its share of the heads."""
-    from lingbot_nb.stream.commands import meet_ranks
     from lingbot_nb.stream.engine import SMALL
+    from lingbot_nb.stream.engine_parallel import HeadShare
 
-    return micro(speed=SMALL, share=meet_ranks(rank, world))
+    return micro(speed=SMALL, share=HeadShare.of_session(rank, world))
 
 
 def in_folder(folder: Path, **options):

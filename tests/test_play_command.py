@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 from fake_session import FakeSession, read_keys, read_number
@@ -51,9 +52,29 @@ def test_play_writes_a_movie_of_the_keys(monkeypatch, tmp_path, capsys):
     assert "13 pixel frames, 0.8 s" in capsys.readouterr().out
 
 
+def test_play_of_released_weights_goes_to_their_own_session(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("av")
+    asked = {}
+
+    def play_on(gpus, folder, **options):
+        asked.update(gpus=gpus, folder=folder, **options)
+        return FakeSession()
+
+    monkeypatch.setattr(commands.lingbot, "play_on", play_on)
+    words = ["play", "--keys", "w-4", "--out", str(tmp_path / "walk.mp4"), "--weights", "student", "--gpus", "2"]
+    words += ["--image", str(tmp_path / "street.png"), "--size", "720x1280", "--prompt", "a street", "--steps", "2"]
+    assert cli.main(words) == 0
+    told = dict(start_image=tmp_path / "street.png", prompt="a street", part=None, decoder=None, steps=2, seed=0)
+    assert asked == dict(gpus=2, folder=Path("student"), height=720, width=1280, **told)
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--size", "720p"])
+    assert "'720p' is no picture size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        (["--keys", "w-4", "--weights", "student"], "name one with --image"),
         (["--keys", "q-4"], "unknown key 'q'"),
         (["--keys", "w-4", "--run", "none"], "there is no run 'none'"),
         (["--keys", "w-4", "--student", "none.safetensors"], "'none.safetensors' is neither in"),

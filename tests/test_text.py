@@ -3,6 +3,7 @@
 import hashlib
 import math
 import struct
+import warnings
 
 import pytest
 import torch
@@ -219,4 +220,8 @@ def test_wan_text_trims_to_the_true_length(tmp_path):
     rows = text.encode(" a walk  through\nmud")
     assert rows.shape == (4, DIM) and rows.dtype == torch.float32
     torch.testing.assert_close(rows, umt5_reference(state, ids, 4)[:4], atol=2e-4, rtol=1e-3)
-    assert text.encode("mud " * 30).shape == (8, DIM)
+    with pytest.warns(UserWarning, match="prompt of 30 tokens is longer than the 8 that the model reads"):
+        assert text.encode("mud " * 30).shape == (8, DIM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.encode("mud " * 8)

@@ -29,16 +29,21 @@ def start() -> tuple[int, int, torch.device]:
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 
-def meet(file: str | os.PathLike, rank: int, ranks: int) -> torch.device:
-    """Joins `ranks` processes of one machine that know of nothing but `file` (not there yet, the same for all), NCCL on
-    GPUs and gloo on CPUs; returns this one's device. No port is opened to the outside: exchanges use loopback alone."""
+MEETING = "LINGBOT_MEETING"
+"""Environment variable with the file by which the processes of one machine find each other: the same for all, not there
+before."""
+
+
+def meet(rank: int, ranks: int) -> torch.device:
+    """Joins the `ranks` processes that were told the same `MEETING`, NCCL on GPUs and gloo on CPUs; returns this one's
+    device. No port is opened to the outside: exchanges use loopback alone."""
     os.environ.update(NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    where = dict(init_method=f"file://{os.fspath(file)}", rank=rank, world_size=ranks)
+    where = dict(init_method=f"file://{os.environ[MEETING]}", rank=rank, world_size=ranks)
     dist.init_process_group("nccl" if gpu else "gloo", **where)
     return device
 

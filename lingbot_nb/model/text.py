@@ -6,6 +6,7 @@ Both sides answer `.encode(prompt) -> [L, text_dim]`, float32, ready for `DiT.te
 import hashlib
 import html
 import re
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -101,11 +102,17 @@ class WanText:
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """Prompt to [L, 4096], float32 on the CPU, L <= text_len tokens; longer prompts are cut as upstream does."""
+        """Prompt to [L, 4096], float32 on the CPU, L <= text_len tokens; longer prompts are cut as upstream does, with
+        a warning."""
         tokenizer, model = self._parts
-        tokens = tokenizer(
-            clean_prompt(prompt), max_length=self.text_len, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        prompt = clean_prompt(prompt)
+        tokens = tokenizer(prompt, max_length=self.text_len, padding="max_length", truncation=True, return_tensors="pt")
+        if tokens.attention_mask.all() and (count := len(tokenizer(prompt).input_ids)) > self.text_len:
+            warnings.warn(
+                f"prompt of {count} tokens is longer than the {self.text_len} that the model reads: its end was cut "
+                "off, say the important part first",
+                stacklevel=2,
+            )
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden[0, : int(mask.sum())].float().cpu()

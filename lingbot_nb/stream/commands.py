@@ -13,16 +13,15 @@ import torch
 
 from lingbot_nb import parts, runs
 from lingbot_nb.control.keys import parse_keys
-from lingbot_nb.distill import parallel
 from lingbot_nb.model.fused import ALONE
 from lingbot_nb.report.figures import conditions
 from lingbot_nb.report.page import text_table
 from lingbot_nb.runs import Run
-from lingbot_nb.stream import endless, lab, latency
+from lingbot_nb.stream import endless, lab, latency, lingbot
 from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.movie import write_movie
 from lingbot_nb.stream.playback import play_script
-from lingbot_nb.stream.remote import MEETING
+from lingbot_nb.stream.remote import RemoteSession
 from lingbot_nb.stream.session import Session, fit_image
 
 SHIPPED = "live-play"
@@ -32,13 +31,25 @@ SHIPPED = "live-play"
 def play(options: argparse.Namespace) -> int:
     """Play a key string and write what was seen as mp4."""
     parse_keys(options.keys)
-    run = open_run(options.run)
-    image = None if options.image is None else fit_image(options.image, run.preset.shape)
-    session = parts.session(run, options.student, start_image=image, steps=options.steps, seed=options.seed)
+    chosen = dict(steps=options.steps, seed=options.seed)
+    if options.weights is None:
+        run = open_run(options.run)
+        image = None if options.image is None else fit_image(options.image, run.preset.shape)
+        session = parts.session(run, options.student, start_image=image, **chosen)
+    else:
+        session = _release(options, **chosen)
     frames = play_script(session, options.keys)
     path = write_movie(options.out, frames, session.fps, scale=max(1, round(480 / session.shape.width)))
     print(f"{path}: {len(frames)} pixel frames, {len(frames) / session.fps:.1f} s, {session.about}")
     return 0
+
+
+def _release(options: argparse.Namespace, **chosen) -> Session | RemoteSession:
+    if options.image is None:
+        raise ValueError("LingBot-World starts from a picture: name one with --image")
+    height, width = options.size
+    told = dict(start_image=options.image.resolve(), prompt=options.prompt, part=options.part, decoder=options.decoder)
+    return lingbot.play_on(options.gpus, options.weights, height=height, width=width, **told, **chosen)
 
 
 def bench_play(options: argparse.Namespace) -> int:
@@ -145,15 +156,9 @@ def rank_session(rank: int, world: int, *, run: str, student: str = "student.saf
     speed, share = options.pop("speed", None), ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    if speed is not None and world > 1:
-        share = meet_ranks(rank, world)
+    if speed is not None:
+        share = HeadShare.of_session(rank, world)
     return live_session(open_run(run), student, speed=speed, share=share, **options)
-
-
-def meet_ranks(rank: int, world: int) -> HeadShare:
-    """This process's share of a world that all processes of its `RemoteSession` play together, which it waits for."""
-    parallel.meet(os.environ[MEETING], rank, world)
-    return HeadShare(rank, world)
 
 
 def tuned(session: Session) -> Session:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_nb.model.graph import Recorder
-from lingbot_nb.model.taehv import TAEHV, Grow, MemoryLayer
+from lingbot_nb.model.taehv import TAEHV, Grow, MemoryLayer, Paired
 from lingbot_nb.model.vae import to_uint8
 
 
@@ -106,7 +106,8 @@ class PictureStream:
 
 def picture_stream(vae: nn.Module, *, graph: bool = True) -> "PictureStream | PlainPictures":
     """The fastest stream of pictures that there is for a decoder."""
-    return PictureStream(vae, graph=graph) if isinstance(vae, TAEHV) else PlainPictures(vae)
+    decoder = vae.decoder if isinstance(vae, Paired) else vae
+    return PictureStream(decoder, graph=graph) if isinstance(decoder, TAEHV) else PlainPictures(decoder)
 
 
 def _frames_first(layers: nn.ModuleList) -> list[nn.Module]:

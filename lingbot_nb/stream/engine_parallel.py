@@ -37,6 +37,14 @@ class HeadShare(Alone):
         """This process's share of all that torchrun started; alone, everything."""
         return cls(*parallel.place()) if parallel.several() else ALONE
 
+    @classmethod
+    def of_session(cls, rank: int, ranks: int) -> Alone:
+        """The share of one process of a `remote.RemoteSession`, which waits here for the others."""
+        if ranks == 1:
+            return ALONE
+        parallel.meet(rank, ranks)
+        return cls(rank, ranks)
+
     def size(self, size: ModelSize) -> ModelSize:
         self._divides(size.heads, "heads")
         return replace(size, heads=size.heads // self.ranks, dim=size.dim // self.ranks)

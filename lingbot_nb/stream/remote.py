@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-MEETING = "LINGBOT_MEETING"
-"""Environment variable that tells the processes of a session the file by which they may find each other."""
+from lingbot_nb.distill.parallel import MEETING
+
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
     "next_frames", "pixel_frames", "last_timings", "chunk", "window", "sink", "longest_chunk", "longest_window",
