@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from far_session import broken, in_folder, micro, painted, refusing, shared
 
 from lingbot_nb.stream.playback import Playback, play_script
 from lingbot_nb.stream.remote import Lost, RemoteSession
+
+LOOPBACK = "0100007F"
+"""127.0.0.1 as /proc/net/tcp has it."""
 
 
 @pytest.fixture
@@ -76,6 +81,31 @@ def test_two_processes_share_one_world(far):
     away.reset(seed=3)
     here.reset(seed=3)
     assert np.abs(away.step("w").astype(int) - here.step("w")).max() <= 1
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses (hexadecimal, as Linux writes them) at which a process waits for TCP connections."""
+    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd") if entry.is_symlink()]
+    sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:")}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in sockets:
+                found.add(columns[1].split(":")[0])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux's table of connections")
+def test_nothing_listens_beyond_this_machine(far):
+    with socket.create_server(("", 0)):
+        assert listening(os.getpid()) - {LOOPBACK}  # it would be seen
+    before = listening(os.getpid())
+    whole, away = far(micro), far(shared)
+    away.step("w")
+    assert listening(os.getpid()) == before
+    assert not any(listening(pid) for pid in pids(whole))
+    assert all(listening(pid) <= {LOOPBACK} for pid in pids(away))
 
 
 def test_an_error_of_one_rank_keeps_all_in_step(far):
