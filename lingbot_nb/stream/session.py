@@ -518,7 +518,7 @@ class Session:
 
     @torch.inference_mode()
     def stream(self, keys: Iterable[str] | np.ndarray, newer: Newer | None = None) -> Iterator[np.ndarray]:
-        """`generate`, handing out the pixel frames of each latent frame as soon as they are decoded.
+        """`generate`, handing out pixel frames as soon as they are decoded: on a CPU those of each latent frame.
 
         `newer()` is asked after each denoising step and may give other keys: then the chunk begins again, from the same
         noise, and is what it would have been under them. A chunk counts as made when its last pixel frames have been
@@ -528,8 +528,8 @@ class Session:
         timings: dict[str, float] = {}
         rows, chunk, frames = self._begin_chunk(self._rows(keys), timings, newer)
         yield frames
-        for latent in chunk.x0.split(1, dim=2)[1:]:
-            frames = self._decode(latent, timings)
+        for part in self._parts(chunk.x0)[1:]:
+            frames = self._decode(part, timings)
             yield frames
         self._pending = partial(self._clean_pass, chunk)
         self._log.extend(rows.tobytes())
@@ -570,7 +570,12 @@ class Session:
             with self._timed(timings, "denoise"):
                 x0 = self._stream.denoise(self._noise(), fresh(), control, self._conditions(self.chunk))
             ask()
-        return _Written(x0, control), self._decode(x0[:, :, :1], timings)
+        return _Written(x0, control), self._decode(self._parts(x0)[0], timings)
+
+    def _parts(self, x0: Tensor) -> tuple[Tensor, ...]:
+        """What is decoded together: on a CPU one latent frame, to show it early; on a GPU the engine's whole chunk,
+        which takes little longer than its first frame."""
+        return x0.split(1 if self.speed is None or self.device.type == "cpu" else x0.shape[2], dim=2)
 
     def _decode(self, latents: Tensor, timings: dict[str, float]) -> np.ndarray:
         before = timings.get("decode", 0.0)
