@@ -281,9 +281,11 @@ def against(exam: Exam, real: np.ndarray, films: np.ndarray, seen: Reading, read
         name: {at: interval(measure(real[:, span], films[:, span]).mean(1)) for at, span in spans.items()}
         for name, measure in measures.items()
     }
-    detail = [metrics.laplacian_variance(part).mean(1) for part in (films, real)]
+    # Film by film: all at once would take gigabytes.
+    detail = [[metrics.laplacian_variance(film).mean() for film in part] for part in (films, real)]
     ends = slice(TIME_STRIDE, None, TIME_STRIDE)
-    curves = {name: measures[name](real[:, ends], films[:, ends]) for name in ("psnr", "perceptual")}
+    pairs = list(zip(real[:, ends], films[:, ends], strict=True))
+    curves = {name: np.stack([measures[name](*pair) for pair in pairs]) for name in ("psnr", "perceptual")}
     return scores | {
         "sharpness": ratio(*detail),
         "frame_frechet": frechet_distance(*(x.frames[:, 1:].reshape(-1, x.frames.shape[-1]) for x in (seen, reading))),
@@ -452,10 +454,15 @@ def reactions(part: Asked, begin: int) -> np.ndarray:
 def stand(exam: Exam, seconds: int = 8) -> Outcome:
     """No key for `seconds`: PSNR of every later latent frame's last picture to the last picture of the first second."""
     films = exam.films(exam.clips, script(f"none-{FPS * seconds}"))
-    at = list(range(FPS + TIME_STRIDE, FPS * seconds + 1, TIME_STRIDE))
-    kept = {label: psnr(some[:, at], np.repeat(some[:, FPS : FPS + 1], len(at), 1)) for label, some in films.items()}
+    at = list(range(TIME_STRIDE, FPS * (seconds - 1) + 1, TIME_STRIDE))
+
+    def kept_by(film: np.ndarray) -> np.ndarray:
+        later = film[FPS:]
+        return psnr(metrics.copy_first_frame(later), later)[at]
+
+    kept = {label: np.stack([kept_by(film) for film in some]) for label, some in films.items()}
     scores = {
-        label: {"seconds": [i / FPS for i in at], "still": [interval(column) for column in values.T]}
+        label: {"seconds": [1 + i / FPS for i in at], "still": [interval(column) for column in values.T]}
         for label, values in kept.items()
     }
     last = kept[exam.name][:, -1]
