@@ -13,6 +13,11 @@ from lingbot_nb.world.latents import Batch
 GLOBAL_BATCH = 4
 
 
+def device():
+    """This rank's: its GPU where there are any, so that ranks meet through NCCL there and through gloo on CPUs."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def global_batches():
     """This rank's rows of batches 0, 1, 2, …"""
     rank, ranks = parallel.place()
@@ -20,13 +25,13 @@ def global_batches():
     number = 0
     while True:
         whole = random_batch(number, GLOBAL_BATCH)
-        yield Batch(whole.latents[rows], whole.condition[rows], whole.control[rows], whole.context[rows])
+        yield Batch(*(tensor[rows].to(device()) for tensor in whole.tensors))
         number += 1
 
 
 def curve(steps, checkpoint=None, log_every=1):
     """Teacher forcing with context noise, EMA and AdamW: every kind of draw, on shared noise."""
-    dit = random_dit()
+    dit = random_dit().to(device())
     stream = train.Stream(global_batches())
     state = train.TrainState.of(
         {"student": dit}, {"student": 1e-3}, seed=3, average={"student": 0.9}, streams={"batches": stream}
@@ -49,5 +54,5 @@ def failing(how):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("rank one cannot count")
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(torch.zeros(1))
+            torch.distributed.all_reduce(torch.zeros(1, device=device()))
         yield {"step": step, "loss": float("nan"), "chatter": say(f"hello from {rank}")}

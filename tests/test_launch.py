@@ -6,9 +6,14 @@ from types import FunctionType
 
 import launch_target
 import pytest
+import torch
 
 from lingbot_nb.distill import train
 from lingbot_nb.distill.launch import launch, spread
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
+NEAR, LATER = (1e-3, 1e-2) if torch.cuda.is_available() else (1e-5, 1e-4)
+"""How near two curves must be: on a GPU sums have no fixed order."""
 
 
 def losses(rows):
@@ -29,14 +34,14 @@ def test_two_processes_give_one_processes_curve_stop_and_resume_on_one(tmp_path)
             break
     assert [row["step"] for row in seen] == [1, 2, 3, 4]
     for name in ("student_loss", "student_grad", "student_sigma"):
-        assert [row[name] for row in seen] == pytest.approx([row[name] for row in alone[:4]], rel=1e-5)
+        assert [row[name] for row in seen] == pytest.approx([row[name] for row in alone[:4]], rel=NEAR)
     stopped = int(train.checkpoints(tmp_path / "c")[-1].stem.removeprefix("step-"))
     assert 4 <= stopped < 500
     goal = stopped + 2
     rest = list(launch_target.curve(goal, checkpoint=str(tmp_path / "c")))
     assert [row["step"] for row in rest] == [stopped + 1, goal]
     whole = list(launch_target.curve(goal))
-    assert losses(rest) == pytest.approx(losses(whole[stopped:]), rel=1e-4)
+    assert losses(rest) == pytest.approx(losses(whole[stopped:]), rel=LATER)
 
 
 @pytest.mark.parametrize(
