@@ -30,7 +30,7 @@ BY_HAND = "by-hand"
 FULL_RUN: Mapping[str, Mapping[str, int | float | str]] = {
     "tiny": {
         "train_clips": 16,
-        "eval_clips": 4,
+        "eval_clips": 3,
         "vae_steps": 12,
         "teacher_steps": 30,
         "solver_steps": 48,
