@@ -19,7 +19,7 @@ from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.runs import PROJECT, Run
 from lingbot_nb.stream.session import Session
 from lingbot_nb.world.clips import HELD_OUT_SEED, Clip, ClipStore
-from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 SHIPPED_CLIPS = PROJECT / "data" / "clips"
 MAP = "my_way_home"
@@ -83,16 +83,7 @@ def walks(run: Run, count: int, *, seed: int = 0, held_out: bool = False) -> lis
 
 def encode(run: Run, vae: TinyVAE, clips: Sequence[Clip]) -> LatentClips:
     """Clips as latents, poses and keys on the VAE's device."""
-    return encode_clips(
-        vae,
-        [clip.frames for clip in clips],
-        [clip.poses for clip in clips],
-        [clip.keys for clip in clips],
-        clips[0].intrinsics,
-        load_text(run).encode(PROMPT),
-        run.preset,
-        device=next(vae.parameters()).device,
-    )
+    return encode_walks(vae, clips, load_text(run).encode(PROMPT), run.preset, device=next(vae.parameters()).device)
 
 
 def whole(clips: LatentClips, count: int, *, with_poses: bool, frames: int | None = None, start: int = 0) -> Batch:

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 def start() -> tuple[int, int, torch.device]:
     """(rank, ranks, device) of this process; joins the group that torchrun announces, NCCL on GPUs and gloo on CPUs."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # NCCL would map the buffers of a recorded exchange into the peer. With PyTorch's expandable segments the first
-    # replay then never ends (two H100, torch 2.11); without the mapping the exchange copies once more.
-    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _own_device(local)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join(device)
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 
@@ -38,14 +33,23 @@ def meet(rank: int, ranks: int) -> torch.device:
     """Joins the `ranks` processes that were told the same `MEETING`, NCCL on GPUs and gloo on CPUs; returns this one's
     device. No port is opened to the outside: exchanges use loopback alone."""
     os.environ.update(NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
-    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    where = dict(init_method=f"file://{os.environ[MEETING]}", rank=rank, world_size=ranks)
-    dist.init_process_group("nccl" if gpu else "gloo", **where)
+    device = _own_device(rank % max(torch.cuda.device_count(), 1))
+    _join(device, init_method=f"file://{os.environ[MEETING]}", rank=rank, world_size=ranks)
     return device
+
+
+def _own_device(local: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _join(device: torch.device, **where) -> None:
+    # NCCL would map the buffers of a recorded exchange into the peer. With PyTorch's expandable segments the first
+    # replay then never ends (two H100, torch 2.11); without the mapping the exchange copies once more.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **where)
 
 
 def several() -> bool:

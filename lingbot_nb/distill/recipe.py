@@ -33,7 +33,7 @@ from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.presets import Preset
 from lingbot_nb.report import evaluation
 from lingbot_nb.world.clips import HELD_OUT_SEED, ClipStore
-from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,8 @@ class Bench:
 
     def encoded(self, clips: list) -> LatentClips:
         """Clips through the trained tokenizer, resident on this rank's device."""
-        frames = [clip.frames for clip in clips]
         context = self.text.encode(self.recipe.prompt)
-        poses, keys = [clip.poses for clip in clips], [clip.keys for clip in clips]
-        return encode_clips(
-            self.vae(), frames, poses, keys, clips[0].intrinsics, context, self.preset, device=self.device, size=16
-        )
+        return encode_walks(self.vae(), clips, context, self.preset, device=self.device, size=16)
 
     def keep(self, file: str, module: nn.Module, budget: Budget, **card) -> None:
         """Rank 0 writes the weights in bf16 with a card that says how they were made."""

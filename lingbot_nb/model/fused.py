@@ -156,6 +156,9 @@ class Alone:
     q, k and v over as they are, and the reading begins with it.
     """
 
+    ranks = 1
+    """Devices that share a stream."""
+
     def __init__(self, format: Format = USUAL, kernel: Kernel | None = None):
         self.format, self.kernel = format, kernel
 

@@ -34,7 +34,7 @@ from lingbot_nb.report import evaluation
 from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.world.clips import ClipStore
-from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 GAN_WEIGHT = 0.03
 """Weight of the adversarial term beside a score's."""
@@ -373,8 +373,7 @@ def prepared(args: argparse.Namespace) -> tuple[Place, Exam]:
 
 def _encoded(clips: Sequence, vae: TinyVAE, preset: Preset, device: torch.device) -> LatentClips:
     context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT)
-    parts = ([clip.frames for clip in clips], [clip.poses for clip in clips], [clip.keys for clip in clips])
-    return encode_clips(vae, *parts, clips[0].intrinsics, context, preset, device=device)
+    return encode_walks(vae, clips, context, preset, device=device)
 
 
 if __name__ == "__main__":

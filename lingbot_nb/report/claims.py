@@ -41,9 +41,10 @@ from lingbot_nb.presets import Preset, StreamSettings
 from lingbot_nb.report import evaluation, metrics
 from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.report.metrics import Interval
+from lingbot_nb.report.trials import ratio
 from lingbot_nb.runs import write_json
 from lingbot_nb.world.clips import ClipStore
-from lingbot_nb.world.latents import Batch, LatentClips, encode_clips
+from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 REFERENCE = "consistency, DMD"
 """The arm that others are compared with, pair by pair."""
@@ -460,12 +461,10 @@ def over_walks(by_seed: Mapping[int, Mapping], mark: str, value: str) -> np.ndar
     return np.mean([marks[mark][value] for marks in by_seed.values()], axis=0)
 
 
-def ratio_of(by_seed: Mapping[int, Mapping], mark: str, above: str, below: str) -> Interval:
-    """A ratio of means over walks (single flat walks would spoil a mean of ratios), its interval over walks."""
-    top, bottom = over_walks(by_seed, mark, above), over_walks(by_seed, mark, below)
-    draws = np.random.default_rng(0).integers(0, len(top), size=(2000, len(top)))
-    low, high = np.quantile(top[draws].mean(1) / bottom[draws].mean(1), [0.025, 0.975])
-    return Interval(float(top.mean() / bottom.mean()), float(low), float(high), len(top))
+def ratio_of(by_seed: Mapping[int, Mapping], mark: str, above: str, below: str) -> list[float]:
+    """[ratio, low, high] of sums over walks (single flat walks would spoil a mean of ratios)."""
+    found = ratio(over_walks(by_seed, mark, above), over_walks(by_seed, mark, below)) or [float("nan")] * 3
+    return [round(value, 3) for value in found[:3]]
 
 
 def summary(folder: Path, reference: str = REFERENCE) -> dict[str, dict]:
@@ -480,12 +479,12 @@ def _summary(by_seed: Mapping[int, Mapping], reference: Mapping[int, Mapping] | 
     for mark, values in next(iter(by_seed.values())).items():
         if "first detail" in values:
             row[mark] = {
-                "sharpness kept": _listed(ratio_of(by_seed, mark, "detail", "first detail")),
-                "saturation kept": _listed(ratio_of(by_seed, mark, "saturation", "first saturation")),
+                "sharpness kept": ratio_of(by_seed, mark, "detail", "first detail"),
+                "saturation kept": ratio_of(by_seed, mark, "saturation", "first saturation"),
             }
             continue
         row[mark] = {at: _psnr(by_seed, reference, mark, at) for at in values if "detail" not in at}
-        row[mark]["sharpness"] = _listed(ratio_of(by_seed, mark, "detail", "real detail"))
+        row[mark]["sharpness"] = ratio_of(by_seed, mark, "detail", "real detail")
     return row
 
 
@@ -561,9 +560,7 @@ def prepared(data: Path, weights: Path, *, train_clips: int, held_out: int, size
 
 def _encoded(vae: TinyVAE, clips: Sequence, preset: Preset) -> LatentClips:
     context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT)
-    parts = ([clip.frames for clip in clips], [clip.poses for clip in clips], [clip.keys for clip in clips])
-    device = next(vae.parameters()).device
-    return encode_clips(vae, *parts, clips[0].intrinsics, context, preset, device=device, size=16)
+    return encode_walks(vae, clips, context, preset, device=next(vae.parameters()).device, size=16)
 
 
 def main() -> None:

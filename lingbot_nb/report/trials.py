@@ -31,7 +31,7 @@ from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, told, truth
 from lingbot_nb.report.metrics import frechet_distance, horizon_frames, psnr
 from lingbot_nb.stream.endless import FROZEN, wander
 from lingbot_nb.world.clips import Clip
-from lingbot_nb.world.latents import LatentClips, encode_clips
+from lingbot_nb.world.latents import LatentClips, encode_walks
 
 PAIRS = ("ws", "sw", "ad", "da", "jl", "lj")
 """What is held in the control test: a second of the one, then a second of the other, which leads back."""
@@ -252,12 +252,7 @@ def latent_batches(exam: Exam, clips: Sequence[Clip]) -> list[LatentClips]:
     """The clips as latents, `size` at a time."""
     groups = [clips[i : i + exam.size] for i in range(0, len(clips), exam.size)]
     device = next(exam.vae.parameters()).device
-
-    def encoded(group: Sequence[Clip]) -> LatentClips:
-        parts = ([c.frames for c in group], [c.poses for c in group], [c.keys for c in group])
-        return encode_clips(exam.vae, *parts, group[0].intrinsics, exam.context, exam.preset, device=device)
-
-    return [encoded(group) for group in groups]
+    return [encode_walks(exam.vae, group, exam.context, exam.preset, device=device) for group in groups]
 
 
 def generated(exam: Exam, groups: Sequence[LatentClips], make: Callable, with_poses: bool) -> np.ndarray:

@@ -18,6 +18,7 @@ from lingbot_nb.report.figures import conditions
 from lingbot_nb.report.page import text_table
 from lingbot_nb.runs import Run
 from lingbot_nb.stream import endless, lab, latency, lingbot
+from lingbot_nb.stream.engine import Speed
 from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.movie import write_movie
 from lingbot_nb.stream.playback import play_script
@@ -147,17 +148,17 @@ def live_session(run: Run, student: str, *, chunk: int | None = None, **options)
     return session
 
 
-def rank_session(rank: int, world: int, *, run: str, student: str = "student.safetensors", **options) -> Session:
+def rank_session(
+    rank: int, world: int, *, run: str, student: str = "student.safetensors", speed: Speed | None = None, **options
+) -> Session:
     """What each process of a `RemoteSession` builds: the session, on its own GPU where there are several.
 
     Use with functools.partial: `RemoteSession(partial(rank_session, run="mine"))`. With `speed` (`engine.Speed`) the
     processes share one world, each with its part of the heads; without it every process plays the whole of it.
     """
-    speed, share = options.pop("speed", None), ALONE
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    if speed is not None:
-        share = HeadShare.of_session(rank, world)
+    share = ALONE if speed is None else HeadShare.of_session(rank, world)
     return live_session(open_run(run), student, speed=speed, share=share, **options)
 
 

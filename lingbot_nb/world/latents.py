@@ -3,7 +3,7 @@
 Encoded clips stay on one device as plain tensors; rays are made per batch, since they are 40 times larger than poses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from lingbot_nb.control.camera import control_tiny_batch
 from lingbot_nb.distill import parallel
 from lingbot_nb.model.vae import from_uint8
 from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, TIME_STRIDE, Preset
+from lingbot_nb.world.clips import Clip
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ def pose_steps(poses_NF44: Tensor, world_scale: float) -> Tensor:
     steps[:, 1:] = torch.linalg.solve(poses[:, :-1], poses[:, 1:])
     steps[..., :3, 3] /= world_scale
     return steps.float().to(poses_NF44.device)
+
+
+def encode_walks(vae, clips: Sequence[Clip], context: Tensor, preset: Preset, **options) -> LatentClips:
+    """`encode_clips` of whole clips of one camera; `options` are its."""
+    parts = ([clip.frames for clip in clips], [clip.poses for clip in clips], [clip.keys for clip in clips])
+    return encode_clips(vae, *parts, clips[0].intrinsics, context, preset, **options)
 
 
 @torch.no_grad()
