@@ -58,6 +58,8 @@ def test_every_arm_leaves_a_result(place, swept):
         assert {"poses, 4", "poses, 1", "keys, 4", "long walk"} <= set(marks)
         assert all(len(values) == 3 and np.isfinite(values).all() for values in marks["poses, 4"].values())
     assert "window 4, sink 1, long walk" in found[claims.REFERENCE][0]
+    kept = {path.stem for path in (folder / "students").glob("*.safetensors")}
+    assert kept == {claims.result_file(folder, arm, 0).stem for arm in claims.ARMS}
 
 
 def test_arms_differ_only_where_they_should(place, swept):

@@ -1,15 +1,16 @@
 """The whole recipe in miniature: every stage for a step or two, on real clips, with a small network."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from lingbot_nb import presets
-from lingbot_nb.distill import recipe
+from lingbot_nb.distill import decoder, recipe
 from lingbot_nb.distill.recipe import Bench, Budget, Recipe
 from lingbot_nb.model import checkpoint
-from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, VAESize
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.world.clips import ClipStore, write_manifest, write_shard
 
@@ -18,9 +19,8 @@ BLINK = Budget(1e-3, 1, 1e-3)
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
+def bench(tmp_path):
     """One training clip and one held out, a tokenizer of micro widths, stages that end after their first step."""
-    monkeypatch.setattr(recipe, "TinyVAE", lambda: TinyVAE(MICRO_VAE))
     clips = ClipStore(PROJECT / "data" / "clips")
     data = tmp_path / "clips"
     data.mkdir()
@@ -30,7 +30,7 @@ def bench(tmp_path, monkeypatch):
         lines.append({"shard": f"{split}.safetensors", "split": split, "sha256": digest, "seeds": [clip.seed]})
     write_manifest(data, lines)
     budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "consistency", "student")}
-    return Bench(Recipe(preset=SMALL, compile=False, **budgets), data, tmp_path / "weights", seed=0)
+    return Bench(Recipe(preset=SMALL, vae_size=MICRO_VAE, compile=False, **budgets), data, tmp_path / "weights", seed=0)
 
 
 def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(bench):
@@ -60,7 +60,7 @@ def test_scaling_a_recipe_scales_every_stage():
 
 def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(bench):
     vae, student = TinyVAE(MICRO_VAE), recipe.DiT(SMALL.model)
-    bench.keep("vae.safetensors", vae, BLINK, kind="tokenizer")
+    bench.keep("vae.safetensors", vae, BLINK, kind="tokenizer", size=asdict(vae.size))
     bench.keep("student.safetensors", student, BLINK, kind="student")
     recipe.evaluate(bench)
     card = checkpoint.load_into(bench.out / "student.safetensors", student)
@@ -68,3 +68,23 @@ def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(
     row = card["held_out"]["4 steps, poses"]
     assert row["clips"] == 1 and 0 < row["psnr"]["1"][0] < 60 and row["sharpness"] >= 0
     assert [*checkpoint.read_card(bench.out / "vae.safetensors")["held_out"]] == ["reconstruction, poses"]
+
+
+def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
+    """From the command line: another size of decoder, the same encoder, and weights that load with their own size."""
+    torch.manual_seed(1)
+    old = TinyVAE(MICRO_VAE)
+    old.latent_std.fill_(0.5)
+    bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
+    told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
+    told += ["--out", str(bench.out / "slim"), "--widths", "24", "8", "4", "--depths", "1", "2", "1"]
+    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
+    decoder.main()
+    file = bench.out / "slim" / "vae.safetensors"
+    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    assert made.size == VAESize((8, 12, 16), (1, 1, 1), (24, 8, 4), (1, 2, 1)) and not made.training
+    for name, value in kept.encoder.state_dict().items():
+        assert torch.equal(value, made.encoder.state_dict()[name]), name
+    assert torch.equal(made.latent_std, kept.latent_std) and torch.equal(made.latent_mean, kept.latent_mean)
+    card = checkpoint.read_card(file)
+    assert card["steps"] >= 1 and card["decoder_of"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]

@@ -284,6 +284,18 @@ def test_texture_stage_moves_the_decoder_only():
     assert not torch.equal(watched[5]["encoder.1.weight"], watched[6]["encoder.1.weight"])
 
 
+def test_a_decoder_alone_learns_for_latents_that_stay():
+    vae = micro_vae()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    settings = TokenizerSettings(batch=2, warmup_steps=2, decoder_only=True)
+    first, *_, last, _ = train(vae, settings=settings, steps=20, report_every=1)
+    after = vae.state_dict()
+    rests = [name for name in before if name.startswith(("encoder", "latent_"))]
+    assert all(torch.equal(before[name], after[name]) for name in rests) and len(rests) > 10
+    assert not torch.equal(before["decoder.0.weight"], after["decoder.0.weight"])
+    assert last["pixel"] < first["pixel"] and "told" in last
+
+
 def test_a_run_can_do_without_texture():
     settings = TokenizerSettings(batch=2, warmup_steps=2, texture=0.0)
     assert not any("told" in report for report in train(micro_vae(), settings=settings, steps=6, report_every=1))

@@ -29,7 +29,7 @@ from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
-from lingbot_nb.model.vae import TinyVAE
+from lingbot_nb.model.vae import TinyVAE, VAESize
 from lingbot_nb.presets import Preset
 from lingbot_nb.report import evaluation
 from lingbot_nb.world.clips import HELD_OUT_SEED, ClipStore
@@ -50,6 +50,7 @@ class Recipe:
     """All settings of one training. The defaults are for four H200 GPUs; shipped weights got what their cards say."""
 
     preset: Preset = presets.TINY
+    vae_size: VAESize = VAESize()
     tokenizer: Budget = Budget(280, 24, 2e-3)
     teacher: Budget = Budget(280, 32, 2e-3)
     causal: Budget = Budget(210, 24, 1e-3)
@@ -117,9 +118,7 @@ class Bench:
         return dit
 
     def vae(self) -> TinyVAE:
-        vae = TinyVAE()
-        checkpoint.load_into(self.out / "vae.safetensors", vae)
-        return vae.to(self.device).eval()
+        return TinyVAE.from_file(self.out / "vae.safetensors", self.device)
 
     @cached_property
     def latents(self) -> LatentClips:
@@ -154,14 +153,18 @@ def collect_walks(data: Path, clips: int, held_out: int = 128) -> None:
 
 
 def train_tokenizer(bench: Bench) -> None:
-    budget = bench.recipe.tokenizer
     torch.manual_seed(bench.seed)
-    vae = TinyVAE().to(bench.device)
-    parallel.same_start(vae)
+    fit_tokenizer(bench, TinyVAE(bench.recipe.vae_size), bench.recipe.tokenizer, kind="tokenizer")
+
+
+def fit_tokenizer(bench: Bench, vae: TinyVAE, budget: Budget, *, decoder_only: bool = False, **card) -> None:
+    """Trains a VAE, or its decoder, on this rank's clips and keeps it as vae.safetensors."""
+    parallel.same_start(vae.to(bench.device))
     generator = bench.generator(1)
     frames = bench.pictures(bench.train)
     held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
-    settings = tokenizer.TokenizerSettings(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
+    options = dict(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
+    settings = tokenizer.TokenizerSettings(**options, decoder_only=decoder_only)
     rows = tokenizer.train_tokenizer(
         vae,
         tokenizer.group_batches(frames, budget.batch, generator),
@@ -177,7 +180,8 @@ def train_tokenizer(bench: Bench) -> None:
         bench.say("tokenizer", **row)
     result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
     bench.say("tokenizer", held_out=result)
-    bench.keep("vae.safetensors", vae, budget, kind="tokenizer", steps=row["step"], metrics=result)
+    size = asdict(vae.size)
+    bench.keep("vae.safetensors", vae, budget, steps=row["step"], metrics=result, size=size, **card)
 
 
 def run_fit(bench: Bench, stage: str, step: train.Step, state: train.TrainState, budget: Budget, schedule) -> None:

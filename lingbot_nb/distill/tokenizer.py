@@ -39,7 +39,8 @@ class TokenizerSettings:
     picture gradients, `coarse` for half and quarter size, `kl` per latent element, in nats. The discriminator starts at
     the elapsed fraction `texture_from`; for `texture_ramp` of the run it learns alone, then its push on the decoder's
     pixels grows, over as long again, to `texture` times the reconstruction's own. texture=0 leaves this stage out.
-    In that push, feature matching counts `match` times the realism.
+    In that push, feature matching counts `match` times the realism. With `decoder_only` the encoder and the latents'
+    scale stay as they are from the first step on: a new decoder for latents in which networks live already.
     """
 
     batch: int = 24
@@ -60,6 +61,7 @@ class TokenizerSettings:
     smoothness: float = 0.2
     discriminator_lr: float = 3e-4
     discriminator_widths: tuple[int, int, int] = (32, 64, 128)
+    decoder_only: bool = False
 
     def learning_rate(self, step: int, fraction: float) -> float:
         """Warm-up by steps, then flat, then linear in the elapsed fraction from `decay_from` to `last_lr` of lr."""
@@ -252,6 +254,7 @@ class _Training:
     def __init__(self, vae: TinyVAE, settings: TokenizerSettings, generator: torch.Generator, compile: bool):
         device = next(vae.parameters()).device
         self.vae, self.settings, self.generator, self.device = vae, settings, generator, device
+        vae.encoder.requires_grad_(not settings.decoder_only)
         self.average = copy.deepcopy(vae).requires_grad_(False)
         self.discriminator = PatchDiscriminator(settings.discriminator_widths).to(device)
         parallel.same_start(self.discriminator)
@@ -287,7 +290,11 @@ class _Training:
         self.generator.set_state(state["generator"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
         self.texture_stage = state["texture_stage"]
-        self.vae.encoder.requires_grad_(not self.texture_stage)
+        self.vae.encoder.requires_grad_(not self.encoder_rests)
+
+    @property
+    def encoder_rests(self) -> bool:
+        return self.texture_stage or self.settings.decoder_only
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -303,7 +310,7 @@ class _Training:
 
     def reconstruct(self, real: Tensor) -> tuple[Tensor, Tensor]:
         """The decoded video from a sample of the posterior, and its KL."""
-        with self.autocast(), torch.set_grad_enabled(not self.texture_stage):
+        with self.autocast(), torch.set_grad_enabled(not self.encoder_rests):
             mean, log_variance = (moment.float() for moment in self.encode(real))
         latents = mean + (0.5 * log_variance).exp() * self.randn(mean)
         with self.autocast():
@@ -428,7 +435,7 @@ def train_tokenizer(
             yield _report(state, meter, fraction, held_out)
         if checkpoint is not None and state.step % checkpoint_every == 0:
             _keep(state.state(), Path(checkpoint))
-    _finish(state, batches, calibrate)
+    _finish(state, batches, calibrate and not settings.decoder_only)
     if checkpoint is not None:
         _keep(state.state(), Path(checkpoint))
     yield _report(state, meter, 1.0, held_out)

@@ -7,11 +7,13 @@ clip; the decoder sees its latent frame and `memory` earlier ones, so a stream n
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lingbot_nb.model import checkpoint
 from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, SPACE_STRIDE, TIME_STRIDE
 
 RGB = 3
@@ -40,6 +42,12 @@ class VAESize:
             raise ValueError(f"VAE widths and depths {halves} need three numbers each: resolutions 1/2, 1/4 and 1/8")
         if self.memory < 0:
             raise ValueError(f"decoder memory {self.memory} is negative: use 0 for none")
+
+    @classmethod
+    def of_card(cls, card: Mapping) -> "VAESize":
+        """The size that a card's "size" tells (`dataclasses.asdict` of it); the default for a card without one."""
+        kept = card.get("size", {})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
 
 
 MICRO_VAE = VAESize((8, 12, 16), (1, 1, 1), (16, 12, 8), (1, 1, 1))
@@ -136,6 +144,16 @@ class TinyVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(LATENT_CHANNELS))
         self.register_buffer("latent_std", torch.ones(LATENT_CHANNELS))
         self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_file(cls, path: Path | str, device: torch.device | str = "cpu") -> "TinyVAE":
+        """Stored weights of whatever size their card tells, ready for use: on `device`, in eval mode.
+
+        Raises FileNotFoundError, or ValueError for damaged files.
+        """
+        vae = cls(VAESize.of_card(checkpoint.read_card(path)))
+        checkpoint.load_into(path, vae)
+        return vae.to(device).eval()
 
     @property
     def dtype(self) -> torch.dtype:

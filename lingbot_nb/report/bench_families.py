@@ -356,9 +356,7 @@ def prepared(args: argparse.Namespace) -> tuple[Place, Exam]:
     held_out, learnt = known[: args.held_out], (others or known[args.held_out :])[: args.train]
     if not held_out or not learnt:
         raise ValueError(f"{args.data} has no clips left to learn from beside {len(held_out)} held out: collect more")
-    vae = TinyVAE()
-    checkpoint.load_into(args.weights / "vae.safetensors", vae)
-    vae = vae.to(device).eval()
+    vae = TinyVAE.from_file(args.weights / "vae.safetensors", device)
     start, teacher = (DiT(preset.model, device=device).requires_grad_(False) for _ in range(2))
     checkpoint.load_into(args.start, start)
     checkpoint.load_into(args.weights / "teacher.safetensors", teacher)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -393,12 +394,12 @@ class Sweep:
 
     def run(self) -> Iterator[str]:
         """Does what is missing and not in another process's hands; yields a line per result."""
-        for arm in self.arms:
-            for seed in range(self.seeds):
-                file = result_file(self.folder, arm, seed)
-                with _held(file.with_suffix(".lock")) as mine:
-                    if mine and not file.exists():
-                        yield self._one(replace(self.lab, seed=seed).with_chunk(arm.chunk), arm, file)
+        # All arms of one seed first: a sweep that is cut short can still compare them.
+        for seed, arm in product(range(self.seeds), self.arms):
+            file = result_file(self.folder, arm, seed)
+            with _held(file.with_suffix(".lock")) as mine:
+                if mine and not file.exists():
+                    yield self._one(replace(self.lab, seed=seed).with_chunk(arm.chunk), arm, file)
 
     def _one(self, lab: Lab, arm: Arm, file: Path) -> str:
         began = time.perf_counter()
@@ -406,9 +407,10 @@ class Sweep:
         if arm.clips is not None:
             student = matched(lab, student, arm.clips)
         trained = time.perf_counter() - began
+        card = dict(arm=arm.name, seed=lab.seed, sizes=asdict(lab.sizes), conditions=self.conditions)
+        checkpoint.save(self.folder / "students" / f"{file.stem}.safetensors", student, dtype=torch.bfloat16, **card)
         marks = self.exam.marks(lab, student, arm.windows)
         seconds = time.perf_counter() - began
-        card = dict(arm=arm.name, seed=lab.seed, sizes=asdict(lab.sizes), conditions=self.conditions)
         write_json(file, card | dict(train_seconds=trained, seconds=seconds, marks=marks))
         values = marks[f"poses, {self.exam.counts[0]}"]
         told = ", ".join(f"{np.mean(values[at]):.1f} dB at {at} s" for at in values if "detail" not in at)
@@ -542,18 +544,18 @@ def prepared(data: Path, weights: Path, *, train_clips: int, held_out: int, size
     are not there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = presets.TINY
-    learnt, known = (list(ClipStore(data, split=split, check=False)) for split in ("train", "held-out"))
+    learnt, known = (
+        list(islice(ClipStore(data, split=split, check=False), count))
+        for split, count in (("train", train_clips), ("held-out", held_out))
+    )
     if not learnt or not known:
         raise ValueError(f"{data} has {len(learnt)} clips to learn from and {len(known)} held out: collect both splits")
-    vae = TinyVAE()
-    checkpoint.load_into(weights / "vae.safetensors", vae)
-    vae = vae.to(device).eval()
+    vae = TinyVAE.from_file(weights / "vae.safetensors", device)
     causal, teacher = (DiT(preset.model, device=device).requires_grad_(False) for _ in range(2))
     checkpoint.load_into(weights / "causal.safetensors", causal)
     checkpoint.load_into(weights / "teacher.safetensors", teacher)
     precision = train.autocast(device) if device.type == "cuda" else train.fp32
-    known = known[:held_out]
-    lab = Lab(preset, causal, teacher, _encoded(vae, learnt[:train_clips], preset), sizes, precision=precision)
+    lab = Lab(preset, causal, teacher, _encoded(vae, learnt, preset), sizes, precision=precision)
     real = torch.from_numpy(np.stack([clip.frames for clip in known])).to(device)
     return lab, Exam(_encoded(vae, known, preset), real, vae)
 
@@ -571,7 +573,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clips", type=int, default=2048, help="clips to learn from")
     parser.add_argument("--held-out", type=int, default=96, help="walks to be judged by")
-    parser.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], help="names of arms")
+    names = [arm.name for arm in ARMS]
+    parser.add_argument("--only", nargs="*", default=names, choices=names, help="arms, in the order to take them in")
     parser.add_argument("--summary", type=Path, help="write the summary of what is in --out here, and train nothing")
     args = parser.parse_args()
     if args.summary:
@@ -583,7 +586,7 @@ def main() -> None:
     lab, exam = prepared(args.data, args.weights, train_clips=args.clips, held_out=args.held_out)
     name = torch.cuda.get_device_name() if lab.device.type == "cuda" else "CPU"
     conditions = f"{name} · torch {torch.__version__} · {len(lab.clips)} clips · {len(exam.clips)} held-out walks"
-    arms = tuple(arm for arm in ARMS if arm.name in args.only)
+    arms = tuple(ARMS[names.index(chosen)] for chosen in args.only)
     for line in Sweep(lab, exam, args.out, args.seeds, arms, conditions).run():
         print(line, flush=True)
     print(table(summary(args.out)))

@@ -539,9 +539,7 @@ def reconstructed(clips: Sequence[Clip], tokenizer: Path, device: torch.device |
     """The same clips as the tokenizer gives their pictures back."""
     from lingbot_nb.model.vae import TinyVAE, from_uint8, to_uint8
 
-    vae = TinyVAE()
-    checkpoint.load_into(tokenizer, vae)
-    vae.to(device).eval()
+    vae = TinyVAE.from_file(tokenizer, device)
 
     def through(frames: np.ndarray) -> np.ndarray:
         video = from_uint8(torch.from_numpy(frames.copy())[None].to(device))

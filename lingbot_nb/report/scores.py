@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lingbot_nb.control.camera import TINY_TURN
 from lingbot_nb.control.keys import KEYS
@@ -154,13 +153,17 @@ def load_exam(weights: Path, clips: Sequence[Clip], *, preset: Preset, judge: Pa
     """An exam of the weights in a folder (a run's, or the shipped one), on the first GPU if there is one."""
     from lingbot_nb.parts import PROMPT, device
 
-    def placed(module: torch.nn.Module, file: str) -> torch.nn.Module:
-        folder = weights if (weights / file).exists() else WEIGHTS
-        checkpoint.load_into(folder / file, module)
-        return module.to(device()).eval().requires_grad_(False)
+    def found(file: str) -> Path:
+        return (weights if (weights / file).exists() else WEIGHTS) / file
 
-    vae, student = placed(TinyVAE(), "vae.safetensors"), placed(DiT(preset.model), "student.safetensors")
-    teacher = placed(DiT(preset.model), "teacher.safetensors") if options.get("teacher_steps", 50) else None
+    def dit(file: str) -> DiT:
+        made = DiT(preset.model)
+        checkpoint.load_into(found(file), made)
+        return made.to(device()).eval().requires_grad_(False)
+
+    vae = TinyVAE.from_file(found("vae.safetensors"), device()).requires_grad_(False)
+    student = dit("student.safetensors")
+    teacher = dit("teacher.safetensors") if options.get("teacher_steps", 50) else None
     context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT).to(device())
     here = load_judge(judge, device())
     simulate = importlib.util.find_spec("vizdoom") is not None

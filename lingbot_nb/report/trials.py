@@ -252,7 +252,7 @@ def latent_batches(exam: Exam, clips: Sequence[Clip]) -> list[LatentClips]:
     """The clips as latents, `size` at a time."""
     groups = [clips[i : i + exam.size] for i in range(0, len(clips), exam.size)]
     device = next(exam.vae.parameters()).device
-    return [encode_walks(exam.vae, group, exam.context, exam.preset, device=device) for group in groups]
+    return [encode_walks(exam.vae, group, exam.context, exam.preset, starts=1, device=device) for group in groups]
 
 
 def generated(exam: Exam, groups: Sequence[LatentClips], make: Callable, with_poses: bool) -> np.ndarray:

@@ -1,0 +1,55 @@
+"""A new decoder for a trained tokenizer: the latents stay, and with them every network that lives in them.
+
+    torchrun --nproc-per-node 1 -m lingbot_nb.distill.decoder --data clips --vae vae.safetensors --out slim \\
+        --widths 192 96 64 --depths 3 3 2
+
+What decoding costs is decided by its widths alone, so a machine that plays too slowly needs no new teacher or student.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from lingbot_nb.distill.recipe import Bench, Budget, Recipe, fit_tokenizer
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.vae import TinyVAE
+
+
+def with_decoder(vae: TinyVAE, widths: tuple[int, ...], depths: tuple[int, ...]) -> TinyVAE:
+    """`vae`'s encoder and latents' scale with an untrained decoder of another size (`VAESize`'s decoder fields)."""
+    made = TinyVAE(replace(vae.size, decoder_widths=widths, decoder_depths=depths))
+    made.encoder.load_state_dict(vae.encoder.state_dict())
+    made.latent_mean.copy_(vae.latent_mean)
+    made.latent_std.copy_(vae.latent_std)
+    return made
+
+
+def main() -> None:
+    default = TinyVAE().size
+    parser = argparse.ArgumentParser(prog="lingbot_nb.distill.decoder", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of collected clips, both splits")
+    parser.add_argument("--vae", type=Path, required=True, help="the trained tokenizer, a .safetensors file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors, its card and log.jsonl")
+    parser.add_argument(
+        "--widths", type=int, nargs=3, default=default.decoder_widths, help="eighth, quarter, half size"
+    )
+    parser.add_argument("--depths", type=int, nargs=3, default=default.decoder_depths)
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--batch", type=int, default=24, help="windows a rank and step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    command = f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {parser.prog} {shlex.join(sys.argv[1:])}"
+    bench = Bench(Recipe(compile=not args.no_compile), args.data, args.out, args.seed, command=command)
+    vae = with_decoder(TinyVAE.from_file(args.vae), tuple(args.widths), tuple(args.depths))
+    encoder = checkpoint.read_card(args.vae)
+    card = dict(kind="tokenizer", decoder_of=encoder["sha256"], encoder_command=encoder.get("command", ""))
+    fit_tokenizer(bench, vae, Budget(args.seconds, args.batch, args.lr), decoder_only=True, **card)
+
+
+if __name__ == "__main__":
+    main()
