@@ -102,6 +102,7 @@ def test_a_function_of_a_cell_travels_and_ranks_may_have_more_rows_than_others(t
         next(launch(in_a_notebook(careless, factor=factor), {"count": 1}, processes=1, folder=tmp_path))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="both would take the first GPU, which NCCL refuses")
 def test_two_machines_are_further_arguments_of_torchrun(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

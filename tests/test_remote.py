@@ -143,6 +143,8 @@ def test_a_hung_rank_is_ended_and_settings_come_back(far):
     with pytest.raises(Lost, match="rank 1 of 2 has not answered for 0.3 s"):
         session.generate("w")
     assert not session.alive
+    with pytest.raises(Lost, match="rank 1 of 2 has not answered for 0.3 s"):
+        session.check()
     session._seconds = 20
     session.reset(seed=5)
     assert (session.prompt, session.steps, session.seed) == ("the same corridor at night", 2, 5)

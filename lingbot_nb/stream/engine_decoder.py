@@ -51,6 +51,8 @@ class PictureStream:
         self._began = False
         self._run = Recorder().repeated(self._now) if graph and self._device.type == "cuda" else lambda key: self._now()
 
+    # What play has remembered are inference tensors, which nothing else may write to.
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget the stream so far: the next latent frame is a first frame again."""
         self._began = False
@@ -61,6 +63,7 @@ class PictureStream:
         """What each layer remembers, by its number, on the CPU; nothing before a stream's first latent frame."""
         return {str(index): x.cpu().clone() for index, x in self._memories.items()} if self._began else {}
 
+    @torch.inference_mode()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was taken."""
         self.reset()

@@ -28,6 +28,8 @@ from lingbot_nb.stream.session import Session, fit_image
 FULL = Speed(fp8=True, fp8_attention=True)
 """Everything that makes the large network fast; `bench stream` shows what each part gains, `report.precision` what the
 8-bit numbers cost."""
+CHUNK_SECONDS = 300.0
+"""After which processes that make a chunk count as hung: their first chunks compile for most of a minute."""
 
 
 def open_release(
@@ -78,7 +80,7 @@ def play_on(gpus: int, folder: str | Path, **options) -> Session | RemoteSession
     """`open_release` on one GPU in this process, or shared by several in processes of their own."""
     if gpus <= 1:
         return open_release(folder, **options)
-    return RemoteSession(partial(rank_release, folder=folder, **options), gpus)
+    return RemoteSession(partial(rank_release, folder=folder, **options), gpus, seconds=CHUNK_SECONDS)
 
 
 def rank_release(rank: int, world: int, *, folder: str | Path, **options) -> Session:

@@ -55,6 +55,7 @@ class RemoteSession:
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
         self._number = 0
         self._finishing = False
+        self._lost = ""
         self._meeting: tempfile.TemporaryDirectory | None = None
         self._start()
 
@@ -118,10 +119,12 @@ class RemoteSession:
     @property
     def alive(self) -> bool:
         """Whether every process is there."""
-        return bool(self._workers) and all(process.is_alive() for process, _ in self._workers)
+        return bool(self._workers) and not self._lost and all(p.is_alive() for p, _ in self._workers)
 
     def check(self) -> None:
         """Raise Lost when a process has ended; the player asks this several times a second, also while paused."""
+        if self._lost:
+            raise Lost(self._lost)
         for rank, (process, _) in enumerate(self._workers):
             if not process.is_alive():
                 raise Lost(self._epitaph(rank))
@@ -148,8 +151,8 @@ class RemoteSession:
                 process.join(0.5)
                 if process.is_alive():
                     process.kill()
-                    process.join(5)
-            self._workers, self._finishing = [], False
+                    process.join(30)  # its GPU memory must be free before others ask for it
+            self._workers, self._finishing, self._lost = [], False, ""
             if self._meeting:
                 self._meeting.cleanup()
 
@@ -243,11 +246,10 @@ class RemoteSession:
 
     def _lose(self, why: str) -> NoReturn:
         """Give up on all processes: half an exchange cannot be resumed, and peers may wait for the dead in vain."""
+        # Nobody waits for their end here: to give back tens of gigabytes of a GPU takes seconds.
         for process, _ in self._workers:
             process.kill()
-        for process, _ in self._workers:
-            process.join(5)
-        self._finishing = False
+        self._finishing, self._lost = False, why
         raise Lost(why)
 
     def _epitaph(self, rank: int) -> str:
