@@ -39,9 +39,7 @@ def device() -> torch.device:
 
 def load_vae(run: Run) -> TinyVAE:
     """The tokenizer of this run, else the shipped one."""
-    vae = TinyVAE()
-    checkpoint.load_into(run.find("vae.safetensors"), vae)
-    return vae.to(device()).eval()
+    return TinyVAE.from_file(run.find("vae.safetensors"), device())
 
 
 def load_dit(run: Run, file: str) -> DiT:
@@ -81,9 +79,13 @@ def walks(run: Run, count: int, *, seed: int = 0, held_out: bool = False) -> lis
     return list(ClipStore(folder))[:count]
 
 
-def encode(run: Run, vae: TinyVAE, clips: Sequence[Clip]) -> LatentClips:
-    """Clips as latents, poses and keys on the VAE's device."""
-    return encode_walks(vae, clips, load_text(run).encode(PROMPT), run.preset, device=next(vae.parameters()).device)
+def encode(
+    run: Run, vae: TinyVAE, clips: Sequence[Clip], *, frames: int | None = None, starts: int | None = None
+) -> LatentClips:
+    """Clips as latents, poses and keys on the VAE's device: their first `frames` frames, of which a batch may begin at
+    the first `starts` (None: all)."""
+    context, where = load_text(run).encode(PROMPT), next(vae.parameters()).device
+    return encode_walks(vae, clips, context, run.preset, frames=frames, starts=starts, device=where)
 
 
 def whole(clips: LatentClips, count: int, *, with_poses: bool, frames: int | None = None, start: int = 0) -> Batch:

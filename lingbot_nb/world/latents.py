@@ -62,7 +62,8 @@ def condition_from(image_latent: Tensor, tail: Tensor, frames: int) -> Tensor:
 class LatentClips:
     """Encoded clips on one device.
 
-    `latents` N F 16 h w; `images` N F 16 h w, each frame's last pixel frame encoded as a start image;
+    `latents` N F 16 h w; `images` N S 16 h w, the last pixel frames of the first S frames encoded as start images: a
+    batch can be cut from those frames on, S = F at most;
     `tail` 16 h w, the latent of grey; `poses` N F 4 4 camera-to-world; `keys` N F 4; `intrinsics` 4; `context` L D.
     `steps` N F 4 4, made here once, are the poses relative to the frame before, translations in world scales.
     """
@@ -106,11 +107,13 @@ class LatentClips:
         return control_tiny_batch(relative, keys, self.intrinsics, shape.height, shape.width)
 
     def batches(self, size: int, generator: torch.Generator, frames: int | None = None) -> Iterator[Batch]:
-        """Random batches without end: clip, start and control mode (half poses, half keys) drawn anew each time.
+        """Random batches without end: clip, start (a frame with an image) and control mode (half poses, half keys)
+        drawn anew each time.
 
         With a generator on the clips' device nothing here makes the host wait. `size` is this rank's part of the batch.
         """
         frames = frames or self.latents.shape[1]
+        starts = min(self.images.shape[1], self.latents.shape[1] - frames + 1)
         device = self.latents.device
 
         def draw(high: int) -> Tensor:
@@ -120,7 +123,7 @@ class LatentClips:
             return parallel.draw(whole, (size,), generator).to(device)
 
         while True:
-            yield self.batch(draw(len(self)), draw(self.latents.shape[1] - frames + 1), frames, draw(2).bool())
+            yield self.batch(draw(len(self)), draw(starts), frames, draw(2).bool())
 
 
 def pose_steps(poses_NF44: Tensor, world_scale: float) -> Tensor:
@@ -143,20 +146,32 @@ def encode_walks(vae, clips: Sequence[Clip], context: Tensor, preset: Preset, **
 
 @torch.no_grad()
 def encode_clips(
-    vae, frames_u8, poses_N44, keys_N8, intrinsics, context, preset, *, device="cpu", size=8, dtype=torch.float32
+    vae,
+    frames_u8,
+    poses_N44,
+    keys_N8,
+    intrinsics,
+    context,
+    preset,
+    *,
+    frames=None,
+    starts=None,
+    device="cpu",
+    size=8,
+    dtype=torch.float32,
 ):
     """Encodes clips (lists or arrays over clips of uint8 N H W 3, N 4 4, N 8) to `LatentClips` on `device`.
 
-    `size` clips go through the VAE at a time; latents are kept as `dtype`.
+    Of every clip the first `frames` frames, the first `starts` of them as start images too, which costs as much again
+    (None: all). `size` clips go through the VAE at a time; latents are kept as `dtype`.
     """
+    stop = None if frames is None else TIME_STRIDE * (frames - 1) + 1
+    frames_u8, poses_N44, keys_N8 = ([part[:stop] for part in parts] for parts in (frames_u8, poses_N44, keys_N8))
     latents, images = [], []
     for start in range(0, len(frames_u8), size):
         video = from_uint8(torch.from_numpy(np.stack(frames_u8[start : start + size])).to(device))
         latents.append(vae.encode(video).movedim(1, 2).to(dtype))
-        stills = video[:, :, ::TIME_STRIDE]
-        batch, _, count = stills.shape[:3]
-        encoded = vae.encode(stills.movedim(2, 1).reshape(batch * count, 3, 1, *stills.shape[3:]))
-        images.append(encoded[:, :, 0].unflatten(0, (batch, count)).to(dtype))
+        images.append(_start_images(vae, video[:, :, ::TIME_STRIDE][:, :, :starts], latents[-1][:, :1]))
     # One grey clip; the encoder keeps no memory across frames, so that its second latent frame stands for all.
     grey = torch.zeros(1, 3, 1 + TIME_STRIDE, *frames_u8[0].shape[1:3], device=device)
     return LatentClips(
@@ -169,3 +184,12 @@ def encode_clips(
         torch.as_tensor(intrinsics).float().cpu(),
         context.float().to(device),
     )
+
+
+def _start_images(vae, stills_B3SHW: Tensor, first_B1CHW: Tensor) -> Tensor:
+    """Pixel frames, each encoded alone: B S 16 h w. The first is a clip's first frame, whose latents are `first`."""
+    later = stills_B3SHW[:, :, 1:].movedim(2, 1)
+    if not later.shape[1]:
+        return first_B1CHW
+    encoded = vae.encode(later.flatten(0, 1)[:, :, None])[:, :, 0]
+    return torch.cat([first_B1CHW, encoded.unflatten(0, later.shape[:2]).to(first_B1CHW.dtype)], 1)
