@@ -27,7 +27,6 @@ from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE, VAESize
 from lingbot_nb.presets import Preset
@@ -285,12 +284,9 @@ def train_student(bench: Bench) -> None:
     draws = bench.generator(7)
     batches = bench.latents.batches(budget.batch, draws)
 
-    def make_cache(batch: Batch) -> GradCache:
-        return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=bench.device)
-
     labels = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
     step = train.dmd_step(
-        train.OwnRollout(student, preset.stream, labels, make_cache),
+        train.OwnRollout(student, preset.stream, labels, train.grad_caches(preset)),
         compiled(bench, critic),
         compiled(bench, teacher),
         batches,

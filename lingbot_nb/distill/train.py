@@ -42,8 +42,9 @@ from lingbot_nb.distill.trajectories import Pair, read_json, write_bytes, write_
 from lingbot_nb.model import masks
 from lingbot_nb.model.attention import kernel_mask
 from lingbot_nb.model.dit import Time
+from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.masks import FrameMask
-from lingbot_nb.presets import PATCH, StreamSettings
+from lingbot_nb.presets import PATCH, Preset, StreamSettings
 from lingbot_nb.world.latents import Batch
 
 Step = Callable[["TrainState"], dict[str, Tensor | float]]
@@ -1020,6 +1021,12 @@ def bidirectional_teacher(
 
 MakeCache = Callable[[Batch], Any]
 """A batch -> an empty cache of its batch size (`GradCache`) for one rollout."""
+
+
+def grad_caches(preset: Preset, settings: StreamSettings | None = None) -> MakeCache:
+    """Caches for rollouts with gradients under a preset's stream settings, or others, where the batch lies."""
+    options = preset.model, settings or preset.stream, preset.shape
+    return lambda batch: GradCache(*options, batch=len(batch), device=batch.latents.device)
 
 
 class MakeClip(Protocol):

@@ -25,7 +25,6 @@ from lingbot_nb.distill import dmd, f_distill, flow, gan, meanflow, scm, sid, tr
 from lingbot_nb.distill.forcing import Info, Velocity, frame_t
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.parts import PROMPT, SHIPPED_CLIPS
@@ -88,11 +87,8 @@ Family = Callable[[Place], Built]
 
 def _own_clips(place: Place, student: DiT) -> train.OwnRollout:
     preset = place.preset
-
-    def make_cache(batch: Batch) -> GradCache:
-        return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=place.device)
-
-    return train.OwnRollout(student, preset.stream, flow.few_steps(preset.flow.student_labels, place.shift), make_cache)
+    steps = flow.few_steps(preset.flow.student_labels, place.shift)
+    return train.OwnRollout(student, preset.stream, steps, train.grad_caches(preset))
 
 
 def _matching(place: Place, match: train.Match, heads: gan.Heads | None = None) -> Built:

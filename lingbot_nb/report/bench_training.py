@@ -22,10 +22,9 @@ from lingbot_nb.distill import flow, parallel, train
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.presets import LATENT_CHANNELS, Preset
 from lingbot_nb.report.architecture import markdown_table
-from lingbot_nb.world.latents import Batch, LatentClips
+from lingbot_nb.world.latents import LatentClips
 
 RATIO = 5
 """Critic updates to one of the student in the stage "student"."""
@@ -108,12 +107,8 @@ def student(place: Workplace) -> Built:
     preset = place.preset
     dit, critic, frozen = place.dit(), place.dit(), place.dit().requires_grad_(False)
     state = place.state({"student": dit, "critic": critic}, "student")
-
-    def make_cache(batch: Batch) -> GradCache:
-        return GradCache(preset.model, preset.stream, preset.shape, batch=len(batch), device=place.device)
-
     steps = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
-    make_clip = train.OwnRollout(dit, preset.stream, steps, make_cache)
+    make_clip = train.OwnRollout(dit, preset.stream, steps, train.grad_caches(preset))
     options = dict(settings=preset.stream, shift=preset.flow.shift, ratio=RATIO, reuse=True)
     return train.dmd_step(make_clip, critic, frozen, **options, **place.options(state)), state
 

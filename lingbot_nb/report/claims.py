@@ -34,7 +34,6 @@ from lingbot_nb.distill.long import joined
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE, to_uint8
 from lingbot_nb.parts import PROMPT
@@ -216,11 +215,7 @@ Clips = Callable[[Lab, DiT], train.MakeClip]
 
 def own_rollout(lab: Lab, student: DiT) -> train.MakeClip:
     """Self-Forcing: the student's walk through its own cache."""
-
-    def make_cache(batch: Batch) -> GradCache:
-        return GradCache(lab.preset.model, lab.settings, lab.preset.shape, batch=len(batch), device=lab.device)
-
-    return train.OwnRollout(student, lab.settings, _few_steps(lab), make_cache)
+    return train.OwnRollout(student, lab.settings, _few_steps(lab), train.grad_caches(lab.preset))
 
 
 def noisy_history(lab: Lab, student: DiT) -> train.MakeClip:
