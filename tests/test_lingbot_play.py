@@ -66,6 +66,17 @@ def test_a_release_plays_as_its_dit_does(folder):
     assert np.abs(plain.astype(int) - film).max() <= 1
 
 
+def test_a_release_starts_again_and_goes_on_from_a_saved_state(folder, tmp_path):
+    session = lingbot.open_release(folder, **options(folder))
+    film = play_script(session, "w-5,l-4")
+    session.save(tmp_path / "state.safetensors")
+    rest = play_script(session, "l-4")
+    session.reset()
+    assert np.array_equal(play_script(session, "w-5,l-4"), film)
+    session.load(tmp_path / "state.safetensors")
+    assert np.array_equal(play_script(session, "l-4"), rest)
+
+
 def test_two_processes_play_a_release(folder):
     build = partial(lingbot.rank_release, folder=folder, **options(folder))
     with RemoteSession(build, 2) as away:
