@@ -443,18 +443,18 @@ def test_table_of_models():
     results = {
         "00": {"loss": 1.0, "teacher": {"steps": 2, "psnr": 1.0}},
         "06": {
-            "teacher": {"steps": 50, "seconds_per_clip": 31.26, "psnr": 18.444},
+            "teacher": {"steps": 50, "seconds_per_clip": 31.26, "psnr": 18.444, "psnr_after_s": 2},
             "student": {"steps": 4, "fps": 21.04, "latency_ms": 190.4, "psnr": None},
             "first_frame_held": {"psnr": 15.8},
         },
     }
     assert page.model_rows(results) == [
-        ("", "steps", "seconds a clip", "FPS", "latency ms", "PSNR dB"),
-        ("teacher", "50", "31.3", "–", "–", "18.44"),
-        ("student", "4", "–", "21.0", "190", "–"),
-        ("first frame held", "–", "–", "–", "–", "15.80"),
+        ("", "steps", "seconds a clip", "FPS", "latency ms", "PSNR dB", "after s"),
+        ("teacher", "50", "31.3", "–", "–", "18.44", "2.00"),
+        ("student", "4", "–", "21.0", "190", "–", "–"),
+        ("first frame held", "–", "–", "–", "–", "15.80", "–"),
     ]
-    assert page.model_rows({})[1] == ("teacher", "–", "–", "–", "–", "–")
+    assert page.model_rows({})[1] == ("teacher", "–", "–", "–", "–", "–", "–")
 
 
 def test_page_of_an_unfinished_run_escapes_what_it_shows(root):

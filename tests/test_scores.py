@@ -236,3 +236,9 @@ def test_play_is_seeded(exam):
     steps = few_steps(MICRO.flow.labels(2), MICRO.flow.shift)
     given = exam.student, exam.vae, exam.context, MICRO, exam.starts[:1], keys[:1]
     assert (evaluation.play(*given, steps=steps, seed=1) != evaluation.play(*given, steps=steps, seed=2)).any()
+
+
+@pytest.mark.parametrize("trial", [trials.stand, trials.free_walk])
+def test_a_second_has_no_later_ones_to_compare(exam, trial):
+    with pytest.raises(ValueError, match="1 s is compared with its own first second: use 2 or more"):
+        trial(exam, seconds=1)

@@ -36,6 +36,7 @@ COLUMNS = (
     Column("fps", "FPS", 1),
     Column("latency_ms", "latency ms", 0),
     Column("psnr", "PSNR dB", 2),
+    Column("psnr_after_s", "after s", 2),
 )
 
 _STYLE = """

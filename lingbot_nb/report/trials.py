@@ -448,8 +448,10 @@ def reactions(part: Asked, begin: int) -> np.ndarray:
 
 def stand(exam: Exam, seconds: int = 8) -> Outcome:
     """No key for `seconds`: PSNR of every later latent frame's last picture to the last picture of the first second."""
-    films = exam.films(exam.clips, script(f"none-{FPS * seconds}"))
     at = list(range(TIME_STRIDE, FPS * (seconds - 1) + 1, TIME_STRIDE))
+    if not at:
+        raise ValueError(f"standing for {seconds} s is compared with its own first second: use 2 or more")
+    films = exam.films(exam.clips, script(f"none-{FPS * seconds}"))
 
     def kept_by(film: np.ndarray) -> np.ndarray:
         later = film[FPS:]
@@ -480,6 +482,8 @@ def go_and_return(exam: Exam) -> Outcome:
 def free_walk(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
     """Walks of `seconds` from the first `walks` starts, under the keys of someone who walks there in the simulator
     (without it: random ones): what becomes of sharpness, saturation, motion, and of the distance to the corpus."""
+    if seconds < 2:
+        raise ValueError(f"a free walk of {seconds} s is compared with its own first second: use 2 or more")
     clips = exam.clips[:walks]
     keys, moving, films = roamed(exam, clips, FPS * seconds + 1)
     films[exam.name] = exam.play(np.stack([clip.frames[0] for clip in clips]), keys)
