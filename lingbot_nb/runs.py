@@ -45,7 +45,7 @@ FULL_RUN: Mapping[str, Mapping[str, int | float | str]] = {
         "teacher_solver_steps": 50,
         "control_pairs": "ws,ad,jl",
         "walk_seconds": 3,
-        "script": "w-32,j-12,w-32,l-24,w-24,d-16,none-8",
+        "script": "w-20,l-36,w-24,s-24,j-36,s-16,none-8",
     },
 }
 """What `make run` sets over the notebooks' small defaults, by preset; names that no notebook declares are ignored."""
