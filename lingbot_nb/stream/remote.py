@@ -1,11 +1,13 @@
 """A session that lives in other processes: the player drives it like its own.
 
 One process or several, one per GPU; each builds its session with the same `make(rank, world)`. Commands go over pipes
-that only these processes hold, so nothing listens. A command is done in two rounds: every rank gets it and answers
-with its number and checksum, and only when all have answered alike are they told to go. So no rank begins a chunk that
-another has not agreed to, and a rank that died is noticed before its peers wait for it in a collective.
+that only these processes hold, so nothing listens; pictures come back through memory that they share. A command is
+done in two rounds: every rank gets it and answers with its number and checksum, and only when all have answered alike
+are they told to go. So no rank begins a chunk that another has not agreed to, and a rank that died is noticed before
+its peers wait for it in a collective.
 """
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -22,6 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lingbot_nb.distill.parallel import MEETING
+from lingbot_nb.stream.mailbox import Mailbox, folder_in_memory
 
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
@@ -31,6 +34,8 @@ FACTS = (
 """What is known of the far session without asking; sent along with every answer where it has changed."""
 KEPT = ("prompt", "steps", "chunk", "window", "sink")
 """Settings that a restarted session is given again."""
+PICTURES = "-pictures"
+"""Ending of the file that holds rank 0's pictures."""
 READY_SECONDS = 600.0
 """Building a session may mean loading and compiling a large model."""
 
@@ -166,8 +171,9 @@ class RemoteSession:
         # Forking a process that has used CUDA or threads is unsafe: the workers start from nothing.
         context = multiprocessing.get_context("spawn")
         # Anew each time: what processes that were killed have left in it would confuse the next ones.
-        self._meeting = tempfile.TemporaryDirectory(prefix="lingbot-")
+        self._meeting = tempfile.TemporaryDirectory(prefix="lingbot-", dir=folder_in_memory())
         meeting = os.path.join(self._meeting.name, "meeting")
+        self._mailbox = Mailbox(meeting + PICTURES)
         for rank in range(self._world):
             mine, theirs = context.Pipe()
             arguments = (theirs, self._make, rank, self._world, meeting)
@@ -242,7 +248,7 @@ class RemoteSession:
             self._facts.update(facts)
         if said != kind:
             self._lose(f"rank {rank} of {self._world} answered {said} where {kind} was due")
-        answers[rank] = answer
+        answers[rank] = self._mailbox.take(answer)
 
     def _lose(self, why: str) -> NoReturn:
         """Give up on all processes: half an exchange cannot be resumed, and peers may wait for the dead in vain."""
@@ -268,7 +274,7 @@ def _work(pipe: Connection, make: Callable[[int, int], Any], rank: int, world: i
     # Interrupting a kernel signals its whole process group: the session is ended by its pipe, not by that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), MEETING: meeting})
-    worker = _Worker(pipe, rank)
+    worker = _Worker(pipe, rank, Mailbox(meeting + PICTURES))
     try:
         worker.session = make(rank, world)
     except Exception as error:
@@ -283,9 +289,9 @@ def _work(pipe: Connection, make: Callable[[int, int], Any], rank: int, world: i
 
 
 class _Worker:
-    def __init__(self, pipe: Connection, rank: int):
-        self._pipe, self._rank = pipe, rank
-        self._told: dict[str, bytes] = {}
+    def __init__(self, pipe: Connection, rank: int, mailbox: Mailbox):
+        self._pipe, self._rank, self._mailbox = pipe, rank, mailbox
+        self._told: dict[str, Any] = {}
         self.session: Any = SimpleNamespace()
 
     def serve(self) -> None:
@@ -310,14 +316,16 @@ class _Worker:
         if self._rank:
             return {}
         now = {name: getattr(self.session, name) for name in FACTS if hasattr(self.session, name)}
-        packed = {name: pickle.dumps(value) for name, value in now.items()}
-        news = {name: now[name] for name in now if packed[name] != self._told.get(name)}
-        self._told = packed
+        news = {
+            name: value for name, value in now.items() if name not in self._told or not _same(value, self._told[name])
+        }
+        # Copies: what a session changes in place is news too.
+        self._told.update(copy.deepcopy(news))
         return news
 
     def _generate(self, keys) -> np.ndarray | None:
         frames = self.session.generate(keys)
-        return frames if self._rank == 0 else None
+        return self._mailbox.put(frames) if self._rank == 0 else None
 
     def _finish(self) -> Exception | None:
         try:
@@ -341,6 +349,12 @@ class _Worker:
     def _ask(self, name: str, arguments: tuple):
         found = getattr(self.session, name)
         return found(*arguments) if callable(found) else found
+
+
+def _same(value, told) -> bool:
+    if isinstance(value, np.ndarray) and isinstance(told, np.ndarray):
+        return value.dtype == told.dtype and np.array_equal(value, told)
+    return type(value) is type(told) and bool(value == told)
 
 
 def _portable(error: Exception) -> Exception:
