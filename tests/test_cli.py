@@ -57,7 +57,7 @@ def test_run_ends_with_table_and_folder(command, root, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^run x: 2 notebooks, preset tiny", out)
     assert re.search(r"^00_first +\d\.\d min  OK$", out, re.MULTILINE)
-    assert re.search(r"^student +4 +– +20.5 +190 +17.72$", out, re.MULTILINE)
+    assert re.search(r"^student +4 +– +20.5 +190 +17.72 +–$", out, re.MULTILINE)
     assert re.search(r"^run folder: .*runs/x$", out, re.MULTILINE) and (root / "x" / "index.html").exists()
     taken = runs.read_card(root / "x")["notebooks"]["00_first"]["parameters"]
     assert (taken["seed"], taken["rate"]) == (3, 0.25)
