@@ -7,13 +7,12 @@ What decoding costs is decided by its widths alone, so a machine that plays too 
 """
 
 import argparse
-import os
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lingbot_nb.distill.recipe import Bench, Budget, Recipe, fit_tokenizer
+import torch
+
+from lingbot_nb.distill.recipe import Bench, Budget, Recipe, command_line, fit_tokenizer
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.vae import TinyVAE
 
@@ -43,8 +42,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
-    command = f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {parser.prog} {shlex.join(sys.argv[1:])}"
-    bench = Bench(Recipe(compile=not args.no_compile), args.data, args.out, args.seed, command=command)
+    recipe = Recipe(compile=not args.no_compile)
+    bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
+    torch.manual_seed(args.seed)
     vae = with_decoder(TinyVAE.from_file(args.vae), tuple(args.widths), tuple(args.depths))
     encoder = checkpoint.read_card(args.vae)
     card = dict(kind="tokenizer", decoder_of=encoder["sha256"], encoder_command=encoder.get("command", ""))

@@ -399,13 +399,17 @@ def main() -> None:
     args = parser.parse_args()
     compiling = dict(compile=not args.no_compile, one_graph=args.one_graph, record=not args.no_record)
     recipe = scaled(Recipe(preset=presets.by_name(args.preset), **compiling), args.scale)
-    command = f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {parser.prog} {shlex.join(sys.argv[1:])}"
-    bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command)
+    bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command_line(parser.prog))
     if not args.evaluate_only:
         for _ in run(bench, args.until):
             pass
     if not args.no_evaluate:
         evaluate(bench)
+
+
+def command_line(module: str) -> str:
+    """This process's command, as a card tells it."""
+    return f"torchrun --nproc-per-node {os.environ.get('WORLD_SIZE', 1)} -m {module} {shlex.join(sys.argv[1:])}"
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:

@@ -44,16 +44,17 @@ class Mailbox:
         """The array that a `Letter` stands for, as a copy; anything else as it is."""
         if not isinstance(value, Letter):
             return value
-        if self._map is None or len(self._map) < self.path.stat().st_size:
+        dtype = np.dtype(value.dtype)
+        if not self._maps(int(np.prod(value.shape)) * dtype.itemsize):
             self._open()
-        return self._view(value.shape, np.dtype(value.dtype)).copy()
+        return self._view(value.shape, dtype).copy()
 
     def _view(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(self._map, dtype, int(np.prod(shape))).reshape(shape)
 
     def _reserve(self, size: int) -> bool:
         """Whether the file has `size` bytes of its own: writing to memory that is not there would end the process."""
-        if self._map is not None and len(self._map) >= size:
+        if self._maps(size):
             return True
         try:
             with open(self.path, "ab") as file:
@@ -62,6 +63,9 @@ class Mailbox:
             return False
         self._open()
         return True
+
+    def _maps(self, size: int) -> bool:
+        return self._map is not None and len(self._map) >= size
 
     def _open(self) -> None:
         with open(self.path, "r+b") as file:
