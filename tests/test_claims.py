@@ -117,6 +117,19 @@ def test_an_equal_start_with_other_pairs_ends_elsewhere(place):
     assert not torch.equal((pair := next(whole)).states[:, -1, :, 0], pair.batch.latents[:, :, 0])
 
 
+def test_standing_keeps_turns_and_drops_steps_and_keys():
+    clips = random_clips(PRESET, 3, torch.device("cpu"))
+    rows = torch.arange(3)
+    clips.keys = torch.rand(clips.keys.shape)
+    clips.steps[..., :3, 3] = 0.1
+    still = clips.steps.clone()
+    still[..., :3, 3] = 0
+    for with_poses in (True, False):
+        batch = clips.batch(rows, rows * 0, 5, torch.full((3,), with_poses))
+        wanted = clips.control(still, clips.keys * 0, torch.ones(3).bool())
+        assert torch.equal(claims.standing(batch).control, wanted) and not torch.equal(batch.control, wanted)
+
+
 def test_numbers_on_the_device_are_those_of_the_metrics():
     real, made = pixels(2, 4, 32, 48, 3), pixels(2, 4, 32, 48, 3, seed=1)
     pairs = (

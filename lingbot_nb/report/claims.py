@@ -223,12 +223,24 @@ def noisy_history(lab: Lab, student: DiT) -> train.MakeClip:
     return train.NoisyHistory(student, lab.settings, _few_steps(lab))
 
 
-def matched(lab: Lab, start: DiT, clips: Clips) -> DiT:
-    """The student after distribution matching; the critic begins with the teacher's weights."""
+def standing(batch: Batch) -> Batch:
+    """The batch without its walking, turning kept: what guidance moves away from in a world of one prompt."""
+    # `camera.tiny_channels`: three values of the origin, three of the direction, four keys.
+    per_value = batch.control.shape[1] // 10
+    control = torch.zeros_like(batch.control)
+    turned = slice(3 * per_value, 6 * per_value)
+    control[:, turned] = batch.control[:, turned]
+    return replace(batch, control=control)
+
+
+def matched(lab: Lab, start: DiT, clips: Clips, *, length: float = 1.0, guidance: float = 1.0) -> DiT:
+    """The student after distribution matching for `length` times `sizes.dmd` updates; the critic begins with the
+    teacher's weights, and the teacher is guided away from `standing` for another `guidance` than 1."""
     student, critic = lab.copy(start), lab.copy(lab.teacher)
     state = lab.state({"student": lab.dmd_lr, "critic": lab.critic_lr}, student=student, critic=critic)
     batches = lab.clips.batches(lab.sizes.dmd_batch, state.generator)
     options = dict(ratio=lab.sizes.ratio, critic_first=lab.sizes.critic_first, reuse=True, **lab.options(state))
+    options |= dict(guidance=guidance, unconditional=None if guidance == 1 else standing)
     step = train.dmd_step(
         clips(lab, student),
         lab.compiled(critic),
@@ -238,7 +250,7 @@ def matched(lab: Lab, start: DiT, clips: Clips) -> DiT:
         shift=lab.shift,
         **options,
     )
-    return lab.learnt(step, state, lab.sizes.dmd)
+    return lab.learnt(step, state, round(length * lab.sizes.dmd))
 
 
 def _few_steps(lab: Lab, count: int | None = None) -> list[flow.FewStep]:
@@ -251,13 +263,15 @@ def _few_steps(lab: Lab, count: int | None = None) -> list[flow.FewStep]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to a student; without `clips` its start is all. `windows` are (window, sink) to walk with beside the
-    ones it was trained with."""
+    """One way to a student; without `clips` its start is all. `length` and `guidance` are `matched`'s. `windows` are
+    (window, sink) to walk with beside the ones it was trained with."""
 
     name: str
     start: Start
     clips: Clips | None = None
     chunk: int = 1
+    length: float = 1.0
+    guidance: float = 1.0
     windows: tuple[tuple[int | None, int], ...] = ()
 
 
@@ -273,6 +287,9 @@ ARMS: tuple[Arm, ...] = (
     Arm(REFERENCE, consistency, own_rollout, windows=WINDOWS),
     Arm("consistency, DMD on real history", consistency, noisy_history),
     Arm("consistency, DMD, chunks of 3", consistency, own_rollout, chunk=3),
+    Arm("causal model, DMD, a quarter as long", forced, own_rollout, length=0.25),
+    Arm("causal model, DMD, four times as long", forced, own_rollout, length=4.0),
+    Arm("causal model, DMD, guided by 2", forced, own_rollout, guidance=2.0),
 )
 
 
@@ -400,7 +417,7 @@ class Sweep:
         began = time.perf_counter()
         student = self._start(lab, arm)
         if arm.clips is not None:
-            student = matched(lab, student, arm.clips)
+            student = matched(lab, student, arm.clips, length=arm.length, guidance=arm.guidance)
         trained = time.perf_counter() - began
         card = dict(arm=arm.name, seed=lab.seed, sizes=asdict(lab.sizes), conditions=self.conditions)
         checkpoint.save(self.folder / "students" / f"{file.stem}.safetensors", student, dtype=torch.bfloat16, **card)
