@@ -1,6 +1,8 @@
 """Session with random weights of the micro preset: causality, determinism, changes, state, recording, bad input."""
 
+import gc
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8, to_uint8
 from lingbot_nb.presets import MICRO
 from lingbot_nb.stream import session as session_module
-from lingbot_nb.stream.engine import Speed, StreamingDiT
+from lingbot_nb.stream.engine import Plain, Speed, StreamingDiT
 from lingbot_nb.stream.follow import Newest
 from lingbot_nb.stream.playback import play_script
 from lingbot_nb.stream.session import (
@@ -612,6 +614,227 @@ def test_a_session_computes_on_its_own_threads(make, monkeypatch):
     before = torch.get_num_threads()
     session.step("w")
     assert seen == [1] and torch.get_num_threads() == before
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Names of the threads that clean passes ran in; each takes a moment, so that whoever does not wait is seen."""
+    clean, names = Plain.clean, []
+
+    def slow(stream):
+        if "clean-pass" in threading.current_thread().name:
+            time.sleep(0.02)
+        clean(stream)
+        names.append(threading.current_thread().name)
+
+    monkeypatch.setattr(Plain, "clean", slow)
+    return names
+
+
+def on_cores(monkeypatch, session, cores):
+    """The session on one thread where `cores` may be used: with two of them it cleans ahead."""
+    monkeypatch.setattr(session_module, "usable_cores", lambda: cores)
+    session.threads = 1
+    return session
+
+
+def remembered(session):
+    """The session's state, of the cache only what is in sight: slots that nothing has been committed to may differ."""
+    state = {name: x for name, x in session.state_dict().items() if not name.startswith("cache.")}
+    layers = [session._cache.ordered(layer) for layer in range(MICRO.model.layers)]
+    return {**state, "past": torch.stack([torch.cat([*pair]) for pair in layers])}
+
+
+def ahead(names):
+    return sum("clean-pass" in name for name in names)
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+def test_clean_passes_beside_the_decoder_play_the_same_film(make, monkeypatch, passes, image_first):
+    preset = replace(MICRO, stream=replace(MICRO.stream, image_first=image_first))
+    alone = on_cores(monkeypatch, make(preset), 1)
+    film = played(alone)
+    assert passes and not ahead(passes)
+    beside = on_cores(monkeypatch, make(preset), 2)
+    assert np.array_equal(played(beside), film)
+    assert ahead(passes) == 14  # every chunk that was played; those read again after a change have no pictures
+    mine, theirs = beside.state_dict(), alone.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_clean_pass_runs_while_pictures_are_decoded(make, monkeypatch):
+    session, cleaned = on_cores(monkeypatch, make(), 2), threading.Event()
+    clean, decode = Plain.clean, session._pictures._stream.decode
+    monkeypatch.setattr(Plain, "clean", lambda stream: clean(stream) or cleaned.set())
+
+    def waiting(x0):
+        assert cleaned.wait(10)
+        return decode(x0)
+
+    session._pictures._stream.decode = waiting
+    assert np.array_equal(session.step("w"), make().step("w"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_newer_keys_come_before_a_clean_pass_is_begun(make, monkeypatch, passes, chunk):
+    hasty = on_cores(monkeypatch, make(with_chunk(MICRO, chunk), steps=3), 2)
+    calm = make(with_chunk(MICRO, chunk), steps=3)
+    answers = iter([None, None, "l", None, None, None])
+    frames = np.concatenate(list(hasty.stream("w", lambda: next(answers))))
+    hasty.finish()
+    assert ahead(passes) == 1
+    assert np.array_equal(frames, calm.step("l"))
+    assert np.array_equal(walk(hasty, "w"), walk(calm, "w"))
+
+
+AFTERWARDS = {
+    "the next chunk": lambda session: None,
+    "a prompt": lambda session: setattr(session, "prompt", "a burning forest"),
+    "a window": lambda session: setattr(session, "window", 5),
+    "a chunk": lambda session: setattr(session, "chunk", 2),
+    "steps": lambda session: setattr(session, "steps", 1),
+    "a student": lambda session: session.use(session.dit),
+    "a reset": lambda session: session.reset(),
+    "a clip": lambda session: session.start_clip(clip()),
+    "a finish": lambda session: session.finish(),
+}
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left open"])
+@pytest.mark.parametrize("change", AFTERWARDS.values(), ids=AFTERWARDS.keys())
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_chunk_given_up_leaves_no_trace_of_its_clean_pass(make, monkeypatch, passes, chunk, change, closed):
+    films, states = [], []
+    for cores in (1, 2):
+        session = on_cores(monkeypatch, make(with_chunk(MICRO, chunk)), cores)
+        walk(session, "w", "l")
+        parts = session.stream("j")
+        next(parts)
+        if closed:
+            parts.close()
+        assert session._cache.frames_seen == 1 + 2 * chunk and session.pixel_frames == 1 + 8 * chunk
+        change(session)
+        films.append(walk(session, "w", "d"))
+        states.append(remembered(session))
+    assert ahead(passes) == 5
+    assert np.array_equal(*films)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_clean_pass_of_a_chunk_given_up_is_not_taken_for_the_next_ones(make, monkeypatch, passes):
+    session, calm = on_cores(monkeypatch, make(), 2), make()
+    for given_up in (session.stream("j"), calm.stream("j")):
+        next(given_up)
+        given_up.close()
+    session.threads = None  # the next chunks are not cleaned ahead
+    assert np.array_equal(walk(session, "l", "w"), walk(calm, "l", "w"))
+    assert ahead(passes) == 1
+
+
+def failing_once(monkeypatch, error):
+    """Have the next clean pass that is begun ahead raise `error` before it is through."""
+    clean, errors = Plain.clean, [error]
+
+    def failing(stream):
+        clean(stream)
+        if errors and "clean-pass" in threading.current_thread().name:
+            stream._cleaned = None
+            raise errors.pop()
+
+    monkeypatch.setattr(Plain, "clean", failing)
+
+
+@pytest.mark.parametrize("again", [Session.finish, Session.state_dict, lambda session: session.generate("l")])
+def test_what_a_clean_pass_raises_is_raised_by_the_next_call_and_the_pass_done_anew(make, monkeypatch, again):
+    session, calm = on_cores(monkeypatch, make(), 2), make()
+    walk(session, "w"), walk(calm, "w")
+    failing_once(monkeypatch, MemoryError("the machine is full"))
+    assert np.array_equal(session.generate("j"), calm.generate("j"))
+    with pytest.raises(MemoryError, match="the machine is full"):
+        again(session)
+    assert session.pixel_frames == 9
+    assert np.array_equal(walk(session, "l", "w"), walk(calm, "l", "w"))
+
+
+def test_the_failed_clean_pass_of_a_chunk_given_up_is_nobodys(make, monkeypatch):
+    session, calm = on_cores(monkeypatch, make(), 2), make()
+    failing_once(monkeypatch, MemoryError("the machine is full"))
+    for given_up in (session.stream("j"), calm.stream("j")):
+        next(given_up)
+        given_up.close()
+    assert np.array_equal(walk(session, "l", "w"), walk(calm, "l", "w"))
+
+
+def test_a_decoder_that_fails_beside_a_clean_pass_loses_nothing(make, monkeypatch, passes):
+    session, short = on_cores(monkeypatch, make(), 2), make()
+    walk(session, "w", "w"), walk(short, "w", "w")
+    session.shrinks = True
+    frames = full(session, 1).step("l")
+    short.window = short.sink + short.preset.stream.chunk
+    assert np.array_equal(frames, short.step("l"))
+    with pytest.raises(RuntimeError, match="cannot be shorter"):
+        full(session, 1).step("l")
+    assert np.array_equal(session.step("j"), short.step("j"))
+
+
+def test_a_clean_pass_ahead_is_told_by_its_own_time(make, monkeypatch, passes):
+    session = on_cores(monkeypatch, make(), 2)
+    session.generate("w")
+    assert "clean pass" not in session.last_timings
+    time.sleep(0.1)  # nothing of it is left
+    session.finish()
+    assert session.last_timings["clean pass"] >= 20
+    assert set(session.last_timings) == {"control", "denoise", "decode", "clean pass"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_clean_pass_ahead_computes_on_the_sessions_threads(make, monkeypatch, threads):
+    """Also when torch's own number is back before the pass has computed anything."""
+    clean, before, made, seen = Plain.clean, torch.get_num_threads(), threading.Event(), []
+
+    def late(stream):
+        assert made.wait(10)
+        clean(stream)
+        seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    session = on_cores(monkeypatch, make(), 2 * threads)
+    session.threads = threads
+    monkeypatch.setattr(Plain, "clean", late)
+    torch.set_num_threads(3)
+    try:
+        session.generate("w")
+        made.set()
+        session.finish()
+        newborn = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        newborn.start()
+        newborn.join()
+        assert seen == [(threads, True), 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("threads", "cores"), [(None, 8), (1, 1), (2, 2), (2, 3)])
+def test_without_cores_to_spare_clean_passes_wait_for_the_pictures(make, monkeypatch, passes, threads, cores):
+    session = on_cores(monkeypatch, make(), cores)
+    session.threads = threads
+    walk(session, "w", "l")
+    assert passes and not ahead(passes) and session._helper is None
+
+
+def test_the_thread_of_clean_passes_ends_with_its_session(make, monkeypatch, passes):
+    before = set(threading.enumerate())
+    sessions = [on_cores(monkeypatch, make(), 2) for _ in range(3)]
+    for session in sessions:
+        walk(session, "w", "l")
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 3
+    sessions[0].generate("w")  # one is left in the middle of a pass
+    del session
+    sessions.clear()
+    gc.collect()
+    for helper in helpers:
+        helper.join(10)
+    assert not any(helper.is_alive() for helper in helpers)
 
 
 def full(session, times: int):

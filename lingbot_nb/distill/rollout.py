@@ -89,13 +89,18 @@ def draw_exit(steps: Sequence[FewStep], generator: torch.Generator) -> int:
 
 
 @torch.no_grad()
-def write_clean(model, x0: Tensor, *, condition: Tensor, text, camera, cache) -> None:
-    """The clean forward: runs x0 at t = 0 so that the cache keeps clean keys and values, then commits the chunk."""
+def pass_clean(model, x0: Tensor, *, condition: Tensor, text, camera, cache) -> None:
+    """The clean forward alone: runs x0 at t = 0 so that the cache holds clean keys and values, and commits nothing."""
     x0 = x0.detach()
     cache.begin(x0.shape[2])
     t = torch.zeros(x0.shape[0], device=x0.device)
     model(x0, t, condition_BCFHW=condition, text=text, camera=camera, cache=cache)
-    cache.commit()
+
+
+def write_clean(model, x0: Tensor, **told) -> None:
+    """`pass_clean`, after which the chunk belongs to the cache."""
+    pass_clean(model, x0, **told)
+    told["cache"].commit()
 
 
 def camera_of(model, control_BCFHW: Tensor | None, *, grad: bool = False):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_nb.distill.flow import FewStep
-from lingbot_nb.distill.rollout import camera_of, denoise_chunk, write_clean
+from lingbot_nb.distill.rollout import camera_of, denoise_chunk, pass_clean
 from lingbot_nb.model import turn_kernel
 from lingbot_nb.model.attention import Attend
 from lingbot_nb.model.dit import DiT
@@ -36,7 +36,7 @@ from lingbot_nb.model.fused import (
     join_projections,
 )
 from lingbot_nb.model.graph import Compile, Compiler, Recorder
-from lingbot_nb.model.kv_cache import KVCache
+from lingbot_nb.model.kv_cache import KVCache, Sight
 from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, SPACE_STRIDE, StreamSettings, VideoShape
 
 T_CLEAN = 0.0
@@ -386,6 +386,7 @@ class Plain:
         self.device = weight.device
         self.cache = cache or KVCache(dit.size, settings, shape, device=weight.device, dtype=weight.dtype)
         self._filmed: tuple[Tensor, Any] | None = None
+        self._cleaned: Sight | None = None
 
     @torch.no_grad()
     def prompt(self, states_BLC: Tensor) -> None:
@@ -403,8 +404,17 @@ class Plain:
         return self._x0
 
     @torch.no_grad()
+    def clean(self) -> None:
+        """The clean pass alone, after which `finish` only commits. Until then the chunk can be given up as if nothing
+        had been written: one that is as long, denoised in its place, overwrites all of it before reading."""
+        pass_clean(self._dit, self._x0, **self._told)
+        self._cleaned = self.cache.sight
+
+    @torch.no_grad()
     def finish(self) -> None:
-        write_clean(self._dit, self._x0, **self._told)
+        if self._cleaned is None or self._cleaned is not self.cache.sight:
+            self.clean()
+        self.cache.commit()
         self.mark("clean pass")
 
     def settle(self) -> None:
@@ -420,6 +430,7 @@ class Plain:
         camera = self._film(control)
         self.mark("camera")
         self._told = dict(condition=condition, text=self._text, camera=camera, cache=self.cache)
+        self._cleaned = None
 
     def _film(self, control: Tensor | None):
         """What the layers take from the camera. While the keys stay as they are it is that of the chunk before."""

@@ -1,7 +1,8 @@
 """A world that is being played: keys in, pixel frames out. Knows nothing of widgets, threads or notebooks.
 
 A chunk costs one denoising pass per step and a clean pass that writes the cache. `generate` returns the pixel frames
-before the clean pass, `finish` does it: the player shows the one while the other runs; `step` is both.
+before the clean pass, `finish` does it: the player shows the one while the other runs; `step` is both. On a CPU with
+cores to spare the clean pass runs beside the decoder, and `finish` waits for what is left of it.
 """
 
 import copy
@@ -10,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -201,6 +203,8 @@ class Session:
         self._log = bytearray()  # rows of keys: 8 bytes a pixel frame, so that an endless stream may keep them all
         self._changes: list[tuple[int, dict]] = []
         self._pending: Callable[[], None] | None = None
+        self._ahead: Future[float] | None = None
+        self._helper: ThreadPoolExecutor | None = None
         self.seed = seed
         self._steps, self._schedule = steps, self._levels(steps)
         self._prompt, self._states = prompt, self._read(prompt)
@@ -309,9 +313,12 @@ class Session:
             return
         self.finish()
         self.preset = replace(self.preset, stream=stream)
+        given_up = self._cache.sight
         if in_sight:
             self.shrunk = False
             self._rebuild()
+        elif given_up is not None and given_up.frames > stream.chunk:
+            self._rebuild()  # it has written where frames were that a shorter chunk still sees
         else:
             self._cache.abandon()  # a chunk which failed half-way has the old length
         self._changes.append((self.pixel_frames, changes))
@@ -431,7 +438,12 @@ class Session:
 
         def trial(dtype: torch.dtype, steps: int) -> Callable[[], object]:
             world = Session(self.preset, self.dit, self.vae, self.text, dtype=dtype, steps=steps, **about)
-            return partial(world.step, "w")
+
+            def step() -> None:
+                world.threads = torch.get_num_threads()  # known, so that it overlaps what it will overlap
+                world.step("w")
+
+            return step
 
         real_time = TIME_STRIDE * self.preset.stream.chunk / self.fps
         choice = choose_dtype(partial(trial, steps=self.steps), seconds=seconds, enough=SPARE * real_time)
@@ -467,6 +479,7 @@ class Session:
 
     def reset(self, seed: int | None = None) -> None:
         """Back to the start image, with the present prompt and steps; `seed` replaces the seed."""
+        self._joined()
         self.seed = self.seed if seed is None else seed
         self._generator.manual_seed(self.seed)
         self._stream.reset()
@@ -522,7 +535,7 @@ class Session:
 
         `newer()` is asked after each denoising step and may give other keys: then the chunk begins again, from the same
         noise, and is what it would have been under them. A chunk counts as made when its last pixel frames have been
-        taken.
+        taken: given up before, it leaves no trace in the cache, even where its clean pass was begun ahead.
         """
         self.finish()
         timings: dict[str, float] = {}
@@ -570,6 +583,8 @@ class Session:
             with self._timed(timings, "denoise"):
                 x0 = self._stream.denoise(self._noise(), fresh(), control, self._conditions(self.chunk))
             ask()
+            if self._cleans_ahead:
+                self._clean_ahead()
         return _Written(x0, control), self._decode(self._parts(x0)[0], timings)
 
     def _parts(self, x0: Tensor) -> tuple[Tensor, ...]:
@@ -603,12 +618,43 @@ class Session:
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """The clean pass of the last chunk, if it is still to be done."""
+        """The clean pass of the last chunk, if it is still to be done: what is left of it where it was begun ahead.
+
+        What a pass begun ahead raises is raised here; the next call then does the pass again.
+        """
+        ahead = self._joined()
         if self._pending is not None:
+            spent = 0.0 if ahead is None else ahead.result()
             timings = dict(self.last_timings)
             with self._timed(timings, "clean pass"), self.on_threads():
                 self._pending()
+            timings["clean pass"] += spent
             self._pending, self.last_timings = None, timings
+
+    @property
+    def _cleans_ahead(self) -> bool:
+        """Whether the clean pass runs beside the decoder: on a CPU where each has cores of its own for `threads`.
+
+        With fewer cores the two would take turns, and with fewer threads for one of them its sums could be taken in
+        another order."""
+        plain = self.device.type == "cpu" and self.speed is None
+        return plain and self.threads is not None and 2 * self.threads <= usable_cores()
+
+    def _clean_ahead(self) -> None:
+        """Begin the running chunk's clean pass in a thread of its own. It is not committed before `finish`, so that a
+        chunk whose pictures nobody takes leaves no trace."""
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, "clean-pass")  # its thread ends with the session
+        # Waited for: torch keeps the number that was set last, which must be that of `on_threads` when it is left.
+        self._helper.submit(_compute_on, self.threads).result()
+        self._ahead = self._helper.submit(_milliseconds_of, self._stream.clean)
+
+    def _joined(self) -> "Future[float] | None":
+        """The clean pass that was begun ahead, when it has ended: nothing else may touch the stream before."""
+        if self._ahead is not None:
+            wait([self._ahead])  # interrupted here, it is still to be waited for
+        ahead, self._ahead = self._ahead, None
+        return ahead
 
     def _rows(self, keys) -> np.ndarray:
         count = self.next_frames
@@ -893,6 +939,24 @@ def choose_dtype(
     handicap = {torch.float32: 1.0}
     best = min(allowed, key=lambda pair: tried[pair] * handicap.get(pair[0], 1.25))
     return Choice(*best, milliseconds=tried)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compute_on(threads: int) -> None:
+    """Have the calling thread compute on so many threads."""
+    torch.get_num_threads()  # a new thread takes the number that another one has set, unless it has asked before
+    torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _milliseconds_of(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - started)
 
 
 def steps_within(budget: float, one: float, all_steps: float, steps: int) -> int:
