@@ -29,7 +29,7 @@ def bench(tmp_path):
         digest = write_shard(data / f"{split}.safetensors", [clip])
         lines.append({"shard": f"{split}.safetensors", "split": split, "sha256": digest, "seeds": [clip.seed]})
     write_manifest(data, lines)
-    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "consistency", "student")}
+    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "student")}
     return Bench(Recipe(preset=SMALL, vae_size=MICRO_VAE, compile=False, **budgets), data, tmp_path / "weights", seed=0)
 
 
@@ -53,9 +53,15 @@ def test_training_stops_at_the_stage_that_was_asked_for(bench):
 
 def test_scaling_a_recipe_scales_every_stage():
     half = recipe.scaled(Recipe(), 0.5)
-    for name in ("tokenizer", "teacher", "causal", "consistency", "student"):
+    for name in ("tokenizer", "teacher", "causal", "student"):
         assert getattr(half, name).seconds == 0.5 * getattr(Recipe(), name).seconds
     assert half.preset == Recipe().preset
+
+
+def test_the_student_stops_at_its_steps_however_much_time_is_left(bench):
+    bench.recipe = replace(bench.recipe, student=Budget(3600, 1, 1e-3, steps=12))
+    *_, last = recipe.run(bench)
+    assert checkpoint.read_card(bench.out / last)["steps"] == 12
 
 
 def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(bench):

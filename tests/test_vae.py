@@ -1,5 +1,8 @@
 """The tiny tokenizer's geometry, causality and streaming."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -203,6 +206,13 @@ def test_latents_that_do_not_fit_are_refused(vae):
         vae.decode(torch.zeros(1, 16, 0, 4, 6))
     with pytest.raises(ValueError, match="0 latent frames"):
         vae.image_condition(torch.zeros(1, 3, 32, 48), 0)
+
+
+def test_a_card_tells_the_size_and_one_that_does_not_is_older_than_the_default():
+    size = VAESize((8, 12, 16), (1, 1, 1), (24, 8, 4), (1, 2, 1), memory=2)
+    assert VAESize.of_card(json.loads(json.dumps({"size": asdict(size)}))) == size
+    old = VAESize.of_card({"kind": "tokenizer"})
+    assert old.decoder_widths == (192, 128, 96) and old.decoder_depths == (3, 2, 3) and old != VAESize()
 
 
 def test_sizes_need_three_resolutions():

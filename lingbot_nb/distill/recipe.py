@@ -37,11 +37,13 @@ from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds and clips per rank and step of each stage, and its learning rate."""
+    """Seconds and clips per rank and step of each stage, and its learning rate; with `steps` a stage takes so many and
+    whatever time they need."""
 
     seconds: float
     batch: int
     lr: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Recipe:
     tokenizer: Budget = Budget(280, 24, 2e-3)
     teacher: Budget = Budget(280, 32, 2e-3)
     causal: Budget = Budget(210, 24, 1e-3)
-    consistency: Budget = Budget(45, 24, 2e-4)
-    student: Budget = Budget(150, 16, 3e-5)
+    student: Budget = Budget(150, 16, 3e-5, steps=39)
+    """39 updates of the critic, 6 of the student: more sharpen its pictures and lead its walks astray (the arms of
+    `report.claims` that differ in length show by how much)."""
     critic_lr: float = 1e-4
     context_noise: float = 0.2
     kl: float = 5e-4
@@ -136,6 +139,7 @@ class Bench:
             made = {"preset": self.preset.name, "machine": f"{self.ranks} x {name}", "torch": torch.__version__}
             made |= {"command": self.command} if self.command else {}
             data = {"train_clips": len(self.train) * self.ranks, "seed": self.seed, **asdict(budget)}
+            data.pop("steps")  # a card's is how many were made
             checkpoint.save(self.out / file, module, dtype=torch.bfloat16, **made, **data, **card)
 
     def has(self, file: str) -> bool:
@@ -244,32 +248,11 @@ def train_causal(bench: Bench) -> None:
     bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
 
 
-def train_consistency(bench: Bench) -> None:
-    budget = bench.recipe.consistency
-    student, teacher = bench.dit("causal.safetensors"), bench.dit("causal.safetensors").requires_grad_(False)
-    state = state_for(bench, "student", student, budget.lr, 0.99)
-    draws = bench.generator(5)
-    batches = bench.latents.batches(budget.batch, draws)
-    sigmas = flow.sigma_grid(48, bench.preset.flow.shift)
-    step = train.consistency_step(
-        compiled(bench, student),
-        compiled(bench, teacher),
-        batches,
-        bench.preset.stream,
-        sigmas,
-        precision=bench.precision,
-        compile=around_loss(bench),
-        record=bench.record(state.generator, draws),
-    )
-    run_fit(bench, "consistency", step, state, budget, train.warmup_decay(0.05, 0.3))
-    module = state.averages["student"].module
-    bench.keep("consistency.safetensors", module, budget, kind="consistency student", steps=state.step)
-
-
 def train_student(bench: Bench) -> None:
-    """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout."""
+    """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout. It begins with
+    the causal model: ODE pairs in between gain nothing here, consistency distillation loses (`report.claims`)."""
     budget, preset = bench.recipe.student, bench.preset
-    student, critic = bench.dit("consistency.safetensors"), bench.dit("teacher.safetensors")
+    student, critic = bench.dit("causal.safetensors"), bench.dit("teacher.safetensors")
     teacher = bench.dit("teacher.safetensors").requires_grad_(False)
     adam = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
     state = train.TrainState(
@@ -299,11 +282,12 @@ def train_student(bench: Bench) -> None:
         compile=around_loss(bench),
         record=bench.record(state.generator, draws),
     )
-    schedule = train.warmup_decay(0.02, 0.3)
-    for row in train.fit(step, state, seconds=budget.seconds, schedule=schedule, log_every=LOG_EVERY):
+    ends = dict(steps=budget.steps) if budget.steps else dict(seconds=budget.seconds)
+    for row in train.fit(step, state, **ends, schedule=train.warmup_decay(0.05, 0.3), log_every=LOG_EVERY):
         if "student_g" in row or row["step"] % 10 == 0:
             bench.say("student", **row)
-    bench.keep("student.safetensors", state.averages["student"].module, budget, kind="student", steps=state.step)
+    spent = replace(budget, seconds=state.seconds)
+    bench.keep("student.safetensors", state.averages["student"].module, spent, kind="student", steps=state.step)
 
 
 def evaluate(bench: Bench, clips: int = 128) -> None:
@@ -338,7 +322,7 @@ def generated(bench: Bench, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
         with bench.precision():
             clips = evaluation.teacher_clips(teacher, batch, steps=50, shift=shift, generator=bench.generator(8))
         yield "teacher.safetensors", "50 steps", clips
-    for file, counts in (("causal", (4,)), ("consistency", (4,)), ("student", (4, 2, 1))):
+    for file, counts in (("causal", (4,)), ("student", (4, 2, 1))):
         for count in counts if bench.has(f"{file}.safetensors") else ():
             steps = flow.few_steps(bench.preset.flow.labels(count), shift)
             with bench.precision():
@@ -361,7 +345,6 @@ STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
     ("vae.safetensors", train_tokenizer),
     ("teacher.safetensors", train_teacher),
     ("causal.safetensors", train_causal),
-    ("consistency.safetensors", train_consistency),
     ("student.safetensors", train_student),
 )
 
@@ -390,7 +373,7 @@ def main() -> None:
     parser.add_argument("--until", choices=files, default=files[-1], help="the last stage, by what it leaves")
     parser.add_argument("--no-evaluate", action="store_true", help="train, and measure nothing")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing, measure the weights in --out")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on every stage's seconds")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the seconds of stages")
     parser.add_argument("--no-compile", action="store_true", help="eager layers: slower steps, no compile time")
     parser.add_argument(
         "--no-record", action="store_true", help="run every step anew instead of replaying a CUDA graph"
@@ -414,7 +397,7 @@ def command_line(module: str) -> str:
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
     """The same recipe with every stage's seconds times `factor`."""
-    names = ("tokenizer", "teacher", "causal", "consistency", "student")
+    names = ("tokenizer", "teacher", "causal", "student")
     budgets = {name: getattr(recipe, name) for name in names}
     return replace(recipe, **{n: replace(b, seconds=b.seconds * factor) for n, b in budgets.items()})
 

@@ -23,6 +23,10 @@ FIRST_LOG_VARIANCE = -6.0
 """Predicted log variance before training: a standard deviation of 0.05."""
 
 
+UNTOLD = {"decoder_widths": (192, 128, 96), "decoder_depths": (3, 2, 3)}
+"""What differs from the default in weights whose card tells no size."""
+
+
 @dataclass(frozen=True)
 class VAESize:
     """Widths and depths of the two halves, finest resolution (half the picture) to coarsest (an eighth) or back.
@@ -32,8 +36,8 @@ class VAESize:
 
     encoder_widths: tuple[int, ...] = (96, 128, 160)
     encoder_depths: tuple[int, ...] = (2, 2, 3)
-    decoder_widths: tuple[int, ...] = (192, 128, 96)
-    decoder_depths: tuple[int, ...] = (3, 2, 3)
+    decoder_widths: tuple[int, ...] = (192, 96, 64)
+    decoder_depths: tuple[int, ...] = (3, 3, 2)
     memory: int = 1
 
     def __post_init__(self):
@@ -45,8 +49,8 @@ class VAESize:
 
     @classmethod
     def of_card(cls, card: Mapping) -> "VAESize":
-        """The size that a card's "size" tells (`dataclasses.asdict` of it); the default for a card without one."""
-        kept = card.get("size", {})
+        """The size that a card's "size" tells (`dataclasses.asdict` of it); a card without one is older than that."""
+        kept = card.get("size", UNTOLD)
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
 
 
