@@ -6,16 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import MICRO
-from lingbot_nb.report import claims, metrics
+from lingbot_nb.report import claim_view, claims, metrics
 from lingbot_nb.report.bench_training import random_clips
 
 PRESET = replace(MICRO, shape=MICRO.shape.with_frames(5))
 SIZES = claims.Sizes(
     batch=2, pair_batches=1, solver_steps=4, regression=2, consistency=2, forcing=2, dmd=3, dmd_batch=2, critic_first=1
 )
+HORIZONS = ("0.25", "1")
+"""Seconds that five latent frames last."""
 
 
 class Decoder:
@@ -97,6 +100,20 @@ def test_the_summary_pairs_walks_with_the_reference(swept):
     assert other["to_reference"][0] == pytest.approx((pairs[0] - pairs[1]).mean(), abs=2e-3)
     shown = claims.table(found, ["causal ODE", claims.REFERENCE]).splitlines()
     assert len(shown) == 4 and shown[2].startswith("| causal ODE | 1 |")
+
+
+def test_the_views_show_every_arm_and_every_window(swept):
+    found = claims.summary(swept[0])
+    pairs = claim_view.paired(found, horizons=HORIZONS).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in pairs] == [arm.name for arm in claims.ARMS]
+    seen = claim_view.windows(found, HORIZONS).splitlines()[2:]
+    assert len(seen) == 1 + len(claims.WINDOWS)
+    other = found[claims.REFERENCE]["window 4, sink 1"]["1"]["db"]
+    assert seen[1].startswith("| window 4, sink 1 |") and claims.told(other) in seen[1]
+    drawn = claim_view.figure(found, "1")
+    told = [text.get_text() for ax in drawn.axes for text in ax.get_legend().get_texts()]
+    assert set(claim_view.LENGTHS) <= set(told) and "causal ODE, then DMD" in told
+    plt.close(drawn)
 
 
 def test_an_equal_start_with_other_pairs_ends_elsewhere(place):

@@ -275,6 +275,8 @@ class Arm:
     windows: tuple[tuple[int | None, int], ...] = ()
 
 
+SHORTER = {", an eighth as long": 0.125, ", a quarter as long": 0.25}
+LONGER = {", four times as long": 4.0}
 WINDOWS = ((4, 1), (7, 0), (12, 1), (None, 0))
 ARMS: tuple[Arm, ...] = (
     Arm("causal model", forced),
@@ -287,8 +289,10 @@ ARMS: tuple[Arm, ...] = (
     Arm(REFERENCE, consistency, own_rollout, windows=WINDOWS),
     Arm("consistency, DMD on real history", consistency, noisy_history),
     Arm("consistency, DMD, chunks of 3", consistency, own_rollout, chunk=3),
-    Arm("causal model, DMD, a quarter as long", forced, own_rollout, length=0.25),
-    Arm("causal model, DMD, four times as long", forced, own_rollout, length=4.0),
+    *(
+        Arm(f"causal model, DMD{text}", forced, own_rollout, length=length)
+        for text, length in (SHORTER | LONGER).items()
+    ),
     Arm("causal model, DMD, guided by 2", forced, own_rollout, guidance=2.0),
 )
 
@@ -530,23 +534,29 @@ def table(summary: Mapping[str, Mapping], arms: Sequence[str] | None = None) -> 
         "kept over 20 s",
         "saturation",
     )
-    return markdown_table(heads, [_row(name, summary[name]) for name in arms or summary])
+    return markdown_table(heads, [_row(name, summary[name]) for name in arms or known(summary)])
+
+
+def known(summary: Mapping[str, Mapping]) -> list[str]:
+    """The arms of a summary, in the order of `ARMS`."""
+    return [arm.name for arm in ARMS if arm.name in summary]
 
 
 def _row(name: str, row: Mapping) -> tuple[str, ...]:
     def cell(mark: str, at: str) -> str:
-        return _told(row[mark][at]["db"]) if mark in row and at in row[mark] else ""
+        return told(row[mark][at]["db"]) if mark in row and at in row[mark] else ""
 
     poses = next(mark for mark in row if mark.startswith("poses"))
     keys = next(mark for mark in row if mark.startswith("keys"))
     lasting = row["long walk"]
     return (
         *(name, str(len(row["seeds"])), cell(poses, "1"), cell(poses, "4"), cell("poses, 1", "1"), cell(keys, "1")),
-        *(_told(row[poses]["sharpness"], 2), _told(lasting["sharpness kept"], 2), _told(lasting["saturation kept"], 2)),
+        *(told(row[poses]["sharpness"], 2), told(lasting["sharpness kept"], 2), told(lasting["saturation kept"], 2)),
     )
 
 
-def _told(value: Sequence[float], digits: int = 1) -> str:
+def told(value: Sequence[float], digits: int = 1) -> str:
+    """[mean, low, high] as a table's cell."""
     mean, low, high = value
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
