@@ -1,6 +1,7 @@
 """The player without a browser: keys, credit, the two threads, the headless script, movies and the widget tree."""
 
 import json
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from fake_session import FakeSession, read_keys, read_number
 from lingbot_nb.control.keys import KEYS, held, parse_keys
 from lingbot_nb.stream import look
 from lingbot_nb.stream.movie import Movie, read_movie, write_movie
-from lingbot_nb.stream.playback import HOLD_LIMIT, REPEAT_LIMIT, Credit, HeldKeys, Playback
+from lingbot_nb.stream.playback import HOLD_LIMIT, REPEAT_LIMIT, SWITCH, Credit, HeldKeys, Playback
 from lingbot_nb.stream.player import letter_of, play, play_script, stop
 
 
@@ -219,6 +220,14 @@ def test_every_frame_is_shown_once_and_in_order(running, chunk):
     viewer.wait(lambda frames: len(frames) > 30)
     numbers = viewer.numbers
     assert numbers == list(range(len(numbers)))
+
+
+def test_while_it_plays_python_hands_its_lock_over_sooner(running):
+    before = sys.getswitchinterval()
+    playback = running(FakeSession(), Viewer())
+    assert sys.getswitchinterval() == pytest.approx(SWITCH) and SWITCH < before
+    playback.stop()
+    assert sys.getswitchinterval() == pytest.approx(before)
 
 
 def test_held_keys_reach_the_frames_and_leave_them(running):

@@ -632,7 +632,7 @@ def passes(monkeypatch):
 
 
 def on_cores(monkeypatch, session, cores):
-    """The session on one thread where `cores` may be used: with two of them it cleans ahead."""
+    """The session on one thread where `cores` may be used: with three of them it cleans ahead."""
     monkeypatch.setattr(session_module, "usable_cores", lambda: cores)
     session.threads = 1
     return session
@@ -655,7 +655,7 @@ def test_clean_passes_beside_the_decoder_play_the_same_film(make, monkeypatch, p
     alone = on_cores(monkeypatch, make(preset), 1)
     film = played(alone)
     assert passes and not ahead(passes)
-    beside = on_cores(monkeypatch, make(preset), 2)
+    beside = on_cores(monkeypatch, make(preset), 3)
     assert np.array_equal(played(beside), film)
     assert ahead(passes) == 14  # every chunk that was played; those read again after a change have no pictures
     mine, theirs = beside.state_dict(), alone.state_dict()
@@ -663,7 +663,7 @@ def test_clean_passes_beside_the_decoder_play_the_same_film(make, monkeypatch, p
 
 
 def test_the_clean_pass_runs_while_pictures_are_decoded(make, monkeypatch):
-    session, cleaned = on_cores(monkeypatch, make(), 2), threading.Event()
+    session, cleaned = on_cores(monkeypatch, make(), 3), threading.Event()
     clean, decode = Plain.clean, session._pictures._stream.decode
     monkeypatch.setattr(Plain, "clean", lambda stream: clean(stream) or cleaned.set())
 
@@ -677,7 +677,7 @@ def test_the_clean_pass_runs_while_pictures_are_decoded(make, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_newer_keys_come_before_a_clean_pass_is_begun(make, monkeypatch, passes, chunk):
-    hasty = on_cores(monkeypatch, make(with_chunk(MICRO, chunk), steps=3), 2)
+    hasty = on_cores(monkeypatch, make(with_chunk(MICRO, chunk), steps=3), 3)
     calm = make(with_chunk(MICRO, chunk), steps=3)
     answers = iter([None, None, "l", None, None, None])
     frames = np.concatenate(list(hasty.stream("w", lambda: next(answers))))
@@ -705,7 +705,7 @@ AFTERWARDS = {
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_a_chunk_given_up_leaves_no_trace_of_its_clean_pass(make, monkeypatch, passes, chunk, change, closed):
     films, states = [], []
-    for cores in (1, 2):
+    for cores in (1, 3):
         session = on_cores(monkeypatch, make(with_chunk(MICRO, chunk)), cores)
         walk(session, "w", "l")
         parts = session.stream("j")
@@ -722,7 +722,7 @@ def test_a_chunk_given_up_leaves_no_trace_of_its_clean_pass(make, monkeypatch, p
 
 
 def test_the_clean_pass_of_a_chunk_given_up_is_not_taken_for_the_next_ones(make, monkeypatch, passes):
-    session, calm = on_cores(monkeypatch, make(), 2), make()
+    session, calm = on_cores(monkeypatch, make(), 3), make()
     for given_up in (session.stream("j"), calm.stream("j")):
         next(given_up)
         given_up.close()
@@ -746,7 +746,7 @@ def failing_once(monkeypatch, error):
 
 @pytest.mark.parametrize("again", [Session.finish, Session.state_dict, lambda session: session.generate("l")])
 def test_what_a_clean_pass_raises_is_raised_by_the_next_call_and_the_pass_done_anew(make, monkeypatch, again):
-    session, calm = on_cores(monkeypatch, make(), 2), make()
+    session, calm = on_cores(monkeypatch, make(), 3), make()
     walk(session, "w"), walk(calm, "w")
     failing_once(monkeypatch, MemoryError("the machine is full"))
     assert np.array_equal(session.generate("j"), calm.generate("j"))
@@ -757,7 +757,7 @@ def test_what_a_clean_pass_raises_is_raised_by_the_next_call_and_the_pass_done_a
 
 
 def test_the_failed_clean_pass_of_a_chunk_given_up_is_nobodys(make, monkeypatch):
-    session, calm = on_cores(monkeypatch, make(), 2), make()
+    session, calm = on_cores(monkeypatch, make(), 3), make()
     failing_once(monkeypatch, MemoryError("the machine is full"))
     for given_up in (session.stream("j"), calm.stream("j")):
         next(given_up)
@@ -766,7 +766,7 @@ def test_the_failed_clean_pass_of_a_chunk_given_up_is_nobodys(make, monkeypatch)
 
 
 def test_a_decoder_that_fails_beside_a_clean_pass_loses_nothing(make, monkeypatch, passes):
-    session, short = on_cores(monkeypatch, make(), 2), make()
+    session, short = on_cores(monkeypatch, make(), 3), make()
     walk(session, "w", "w"), walk(short, "w", "w")
     session.shrinks = True
     frames = full(session, 1).step("l")
@@ -778,7 +778,7 @@ def test_a_decoder_that_fails_beside_a_clean_pass_loses_nothing(make, monkeypatc
 
 
 def test_a_clean_pass_ahead_is_told_by_its_own_time(make, monkeypatch, passes):
-    session = on_cores(monkeypatch, make(), 2)
+    session = on_cores(monkeypatch, make(), 3)
     session.generate("w")
     assert "clean pass" not in session.last_timings
     time.sleep(0.1)  # nothing of it is left
@@ -797,7 +797,7 @@ def test_a_clean_pass_ahead_computes_on_the_sessions_threads(make, monkeypatch, 
         clean(stream)
         seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
 
-    session = on_cores(monkeypatch, make(), 2 * threads)
+    session = on_cores(monkeypatch, make(), 2 * threads + 1)
     session.threads = threads
     monkeypatch.setattr(Plain, "clean", late)
     torch.set_num_threads(3)
@@ -813,7 +813,7 @@ def test_a_clean_pass_ahead_computes_on_the_sessions_threads(make, monkeypatch, 
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("threads", "cores"), [(None, 8), (1, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("threads", "cores"), [(None, 8), (1, 1), (1, 2), (2, 3), (2, 4)])
 def test_without_cores_to_spare_clean_passes_wait_for_the_pictures(make, monkeypatch, passes, threads, cores):
     session = on_cores(monkeypatch, make(), cores)
     session.threads = threads
@@ -823,7 +823,7 @@ def test_without_cores_to_spare_clean_passes_wait_for_the_pictures(make, monkeyp
 
 def test_the_thread_of_clean_passes_ends_with_its_session(make, monkeypatch, passes):
     before = set(threading.enumerate())
-    sessions = [on_cores(monkeypatch, make(), 2) for _ in range(3)]
+    sessions = [on_cores(monkeypatch, make(), 3) for _ in range(3)]
     for session in sessions:
         walk(session, "w", "l")
     helpers = set(threading.enumerate()) - before

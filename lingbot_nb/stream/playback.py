@@ -5,6 +5,7 @@ presenter thread shows pixel frames one by one and only as fast as the viewer ac
 chunk waits, so there is never a backlog, and a viewer that has gone away stops the world.
 """
 
+import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +27,10 @@ RETHINK = 0.2
 """Part of a chunk's playing time, from its start, in which it is begun again for a key that changes."""
 LONGEST_RETHINK = 0.1
 """The same in seconds at most: by so much the picture may come late."""
+
+SWITCH = 0.0005
+"""Seconds after which Python takes its lock from a thread that others wait for. Every operation of a network gives the
+lock up and wants it back: at Python's 5 ms a chunk beside the presenter took twice its time (`LOG.md`)."""
 
 
 class HeldKeys:
@@ -229,6 +234,7 @@ class Playback:
         self._shown_at: deque[float] = deque(maxlen=int(4 * fps))
         self._latencies: deque[float] = deque(maxlen=64)
         self._marks: deque[tuple[int, float]] = deque()
+        self._switch_before: float | None = None
         self._threads = [
             threading.Thread(target=self._model_thread, name="lingbot-model", daemon=True),
             threading.Thread(target=self._presenter_thread, name="lingbot-presenter", daemon=True),
@@ -239,6 +245,8 @@ class Playback:
     def start(self) -> "Playback":
         """Show the session's first pixel frame and go."""
         self._offer_still(self._epoch)
+        self._switch_before = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH, self._switch_before))
         for thread in self._threads:
             thread.start()
         return self
@@ -251,6 +259,9 @@ class Playback:
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(timeout)
+        if self._switch_before is not None:
+            sys.setswitchinterval(self._switch_before)
+            self._switch_before = None
 
     @property
     def running(self) -> bool:

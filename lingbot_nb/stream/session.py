@@ -2,7 +2,7 @@
 
 A chunk costs one denoising pass per step and a clean pass that writes the cache. `generate` returns the pixel frames
 before the clean pass, `finish` does it: the player shows the one while the other runs; `step` is both. On a CPU with
-cores to spare the clean pass runs beside the decoder, and `finish` waits for what is left of it.
+a core to spare the clean pass runs beside the decoder, and `finish` waits for what is left of it.
 """
 
 import copy
@@ -633,12 +633,13 @@ class Session:
 
     @property
     def _cleans_ahead(self) -> bool:
-        """Whether the clean pass runs beside the decoder: on a CPU where each has cores of its own for `threads`.
+        """Whether the clean pass runs beside the decoder: on a CPU where each has cores of its own for `threads`, and a
+        page that shows the pictures one more.
 
-        With fewer cores the two would take turns, and with fewer threads for one of them its sums could be taken in
-        another order."""
+        On two cores beside a browser it made the first pictures later and no frame more (`LOG.md`). With fewer threads
+        for one of them its sums could be taken in another order."""
         plain = self.device.type == "cpu" and self.speed is None
-        return plain and self.threads is not None and 2 * self.threads <= usable_cores()
+        return plain and self.threads is not None and 2 * self.threads < usable_cores()
 
     def _clean_ahead(self) -> None:
         """Begin the running chunk's clean pass in a thread of its own. It is not committed before `finish`, so that a
