@@ -1,7 +1,7 @@
 """What a file of scores looks like: one table, one figure, and strips of the best, the median and the worst film."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,19 +113,22 @@ def cell(found, row: Row) -> str:
 
 @figures.styled
 def figure(found: Mapping) -> Figure:
-    """Six panels of a file of scores: two distances to the truth over time, direction by key, standing still, and the
-    drift of sharpness and saturation. Bands and bars are 95 % bootstrap intervals over walks."""
-    drawn, axes = plt.subplots(2, 3, figsize=(11.5, 6.2))
+    """Up to six panels of a file of scores, one for each of these that was measured: two distances to the truth over
+    time, direction by key, standing still, and the drift of sharpness and saturation. Bands and bars are 95 % bootstrap
+    intervals over walks."""
     parts = found["parts"]
-    _curves(axes[0, 0], parts.get("follow", {}), "psnr", "PSNR (dB)", "a  Distance to the simulator")
-    _curves(axes[0, 1], parts.get("follow", {}), "perceptual", "learned distance", "b  The same in features")
-    _keys(axes[0, 2], parts.get("control", {}))
-    _still(axes[1, 0], parts.get("stand", {}))
-    walk = parts.get("free_walk", {})
-    _drift(axes[1, 1], walk, "sharpness", "e  Sharpness on a free walk")
-    _drift(axes[1, 2], walk, "saturation", "f  Saturation on a free walk")
+    panels = [(part, draw) for part, draw in PANELS if part in parts]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // max(columns, 1))
+    drawn, axes = plt.subplots(max(rows, 1), max(columns, 1), figsize=(11.5, 0.4 + 2.9 * max(rows, 1)), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    axes = axes.flat[: len(panels)]
+    for letter, ax, (part, draw) in zip("abcdef", axes, panels, strict=False):
+        draw(ax, parts[part])
+        ax.set_title(f"{letter}  {ax.get_title('left')}", loc="left")
     handles = {}
-    for ax in axes.flat:
+    for ax in axes:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     names = [name for name in labels(found) if name in handles]
     drawn.legend([handles[n] for n in names], names, ncols=min(7, len(names)), loc="outside lower center")
@@ -170,7 +173,7 @@ def _keys(ax: Axes, part: Mapping) -> None:
     _line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %", 102)
     ax.set_xticks(range(6), list("WASDJL"))
     ax.set(ylim=(0, 112), xlabel="key held for a second", ylabel="chunks in the right direction (%)")
-    ax.set_title("c  Control, where the scene moves")
+    ax.set_title("Control, where the scene moves")
 
 
 def _still(ax: Axes, part: Mapping) -> None:
@@ -179,7 +182,7 @@ def _still(ax: Axes, part: Mapping) -> None:
             _band(ax, row["seconds"], row["still"], look(label))
     _line(ax, ASKED["still"], f"asked: {ASKED['still']} dB")
     ax.set(xlabel="seconds without a key", ylabel="PSNR to the first second's end (dB)")
-    ax.set_title("d  Standing still")
+    ax.set_title("Standing still")
     ax.grid(axis="y")
 
 
@@ -199,6 +202,17 @@ def _line(ax: Axes, at: float, words: str, words_at: float | None = None) -> Non
     ax.axhline(at, color="#c1121f", lw=1, ls="--")
     place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
     ax.text(0.99, at if words_at is None else words_at, words, color="#c1121f", fontsize=8, **place)
+
+
+PANELS: tuple[tuple[str, Callable[[Axes, Mapping], None]], ...] = (
+    ("follow", lambda ax, part: _curves(ax, part, "psnr", "PSNR (dB)", "Distance to the simulator")),
+    ("follow", lambda ax, part: _curves(ax, part, "perceptual", "learned distance", "The same in features")),
+    ("control", _keys),
+    ("stand", _still),
+    ("free_walk", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness on a free walk")),
+    ("free_walk", lambda ax, part: _drift(ax, part, "saturation", "Saturation on a free walk")),
+)
+"""The part of a file of scores that each panel of `figure` shows, and what draws it."""
 
 
 # ---- strips ----------------------------------------------------------------------------------------------------------
