@@ -69,7 +69,7 @@ def test_arms_differ_only_where_they_should(place, swept):
     folder, _ = swept
     weights = {path.stem: claims.checkpoint.card_path(path) for path in (folder / "starts").glob("*.safetensors")}
     assert sorted(weights) == [
-        *("bidirectional_ode-1-0", "causal_ode-1-0", "consistency-1-0", "consistency-3-0", "forced-1-0")
+        *("bidirectional_ode-1-0", "causal_ode-1-0", "consistency-1-0", "forced-1-0", "forced-3-0")
     ]
     digests = [json.loads(card.read_text())["sha256"] for card in weights.values()]
     assert len(set(digests)) == len(digests)

@@ -15,7 +15,7 @@ from torch import nn
 from lingbot_nb.distill.flow import few_steps
 from lingbot_nb.distill.launch import launch
 from lingbot_nb.model import fp8, fp8_attention, turn_kernel
-from lingbot_nb.model.attention import attend_reference
+from lingbot_nb.model.attention import attend, attend_reference
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import E4M3
 from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
@@ -494,3 +494,30 @@ def test_the_gpus_fp8_product_is_the_emulated_one():
     x = torch.randn(33, 256, device="cuda")
     here, emulated = (fp8.Fp8Linear(linear, product)(x) for product in (fp8.scaled_product, fp8.emulated_product))
     torch.testing.assert_close(here, emulated, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("speed", [SLOW, replace(SLOW, join=True, fp8=True, fp8_attention=True)])
+def test_a_clean_pass_that_ends_at_the_last_keys_writes_what_a_whole_one_does(speed):
+    """The cache is equal to the bit, and the last layer's feed-forward is never run."""
+    world = World(StreamSettings(2, 6, 2, image_first=False), 1)
+    caches, runs = [], []
+    for write in (True, False):
+        engine = world.engine(speed)
+        net = engine._net
+        net.layers[-1].ffn[0].register_forward_hook(lambda *_, write=write: runs.append(write))
+        if not write:
+            net.write = lambda *given, net=net: net(*given)
+        world.play(engine)
+        caches.append([part.float() for layer in range(SIZE.layers) for part in engine.cache.ordered(layer)])
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+    assert runs.count(True) == len(STEPS) and runs.count(False) == len(STEPS) + 1
+
+
+def test_text_is_read_in_eight_bits_where_attention_is():
+    world = World(StreamSettings(2, 6, 2, image_first=False), 1)
+    plain, eight = (world.engine(replace(SLOW, fp8_attention=on))._net for on in (False, True))
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16, generator=make).to(torch.bfloat16) for n in (9, 5, 5))
+    exact, rounded = (net.layers[0].attend_text(q, k, v).float() for net in (plain, eight))
+    assert torch.equal(exact, attend(q, k, v).float())
+    assert rounded.dtype == exact.dtype and 0.01 < ((rounded - exact).norm() / exact.norm()) < 0.1

@@ -94,3 +94,28 @@ def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
     assert torch.equal(made.latent_std, kept.latent_std) and torch.equal(made.latent_mean, kept.latent_mean)
     card = checkpoint.read_card(file)
     assert card["steps"] >= 1 and card["decoder_of"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
+
+
+def test_a_teacher_can_go_on_from_weights(bench, tmp_path):
+    """Its average has forgotten nothing after one blink of a step; from nothing it would be a fresh network."""
+    torch.manual_seed(5)
+    known = recipe.DiT(SMALL.model)
+    checkpoint.save(tmp_path / "known.safetensors", known)
+    bench.recipe = replace(bench.recipe, teacher_from=tmp_path / "known.safetensors")
+    list(recipe.run(bench, "teacher.safetensors"))
+    learnt = bench.dit("teacher.safetensors")
+    near = [(a - b).abs().max().item() for a, b in zip(known.parameters(), learnt.parameters(), strict=True)]
+    assert max(near) < 0.05
+    fresh = [(a - b).abs().max().item() for a, b in zip(bench.dit().parameters(), learnt.parameters(), strict=True)]
+    assert max(fresh) > 0.2
+
+
+def test_another_map_is_walked_and_prompted(monkeypatch, bench):
+    walked = []
+    monkeypatch.setattr(recipe, "collect", lambda folder, **options: walked.append(options["settings"].map))
+    recipe.collect_walks(bench.out, 4, "map01")
+    assert walked == ["map01", "map01"]
+    bench.recipe = replace(bench.recipe, map="map01")
+    list(recipe.run(bench, "vae.safetensors"))
+    assert torch.equal(bench.encoded(bench.held_out).context, bench.text.encode("a walk through map01"))
+    assert checkpoint.read_card(bench.out / "vae.safetensors")["map"] == "map01"

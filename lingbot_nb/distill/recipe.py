@@ -27,12 +27,13 @@ from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.text import TinyText
+from lingbot_nb.model.text import TinyText, map_prompt
 from lingbot_nb.model.vae import TinyVAE, VAESize
 from lingbot_nb.presets import Preset
 from lingbot_nb.report import evaluation
 from lingbot_nb.world.clips import HELD_OUT_SEED, ClipStore
 from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
+from lingbot_nb.world.vizdoom import SimulatorSettings, collect
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Recipe:
     critic_lr: float = 1e-4
     context_noise: float = 0.2
     kl: float = 5e-4
-    prompt: str = "a walk through the maze of my_way_home"
+    map: str = SimulatorSettings.map
+    teacher_from: Path | None = None
+    """Weights that the teacher goes on from instead of from nothing."""
     compile: bool = True
     one_graph: bool = False
     """Compile a stage's forward and loss as one graph instead of layer by layer: fewer launches, longer compiling."""
@@ -79,7 +82,7 @@ class Bench:
     def __init__(self, recipe: Recipe, data: Path, out: Path, seed: int, collect: int = 0, command: str = ""):
         self.rank, self.ranks, self.device = parallel.start()
         if collect and self.rank == 0:
-            collect_walks(data, collect)
+            collect_walks(data, collect, recipe.map)
         if self.ranks > 1:
             torch.distributed.barrier()
         self.recipe, self.preset, self.out, self.seed, self.command = recipe, recipe.preset, Path(out), seed, command
@@ -129,7 +132,7 @@ class Bench:
 
     def encoded(self, clips: list) -> LatentClips:
         """Clips through the trained tokenizer, resident on this rank's device."""
-        context = self.text.encode(self.recipe.prompt)
+        context = self.text.encode(map_prompt(self.recipe.map))
         return encode_walks(self.vae(), clips, context, self.preset, device=self.device, size=16)
 
     def keep(self, file: str, module: nn.Module, budget: Budget, **card) -> None:
@@ -138,7 +141,8 @@ class Bench:
             name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
             made = {"preset": self.preset.name, "machine": f"{self.ranks} x {name}", "torch": torch.__version__}
             made |= {"command": self.command} if self.command else {}
-            data = {"train_clips": len(self.train) * self.ranks, "seed": self.seed, **asdict(budget)}
+            data = {"map": self.recipe.map, "train_clips": len(self.train) * self.ranks}
+            data |= {"seed": self.seed, **asdict(budget)}
             data.pop("steps")  # a card's is how many were made
             checkpoint.save(self.out / file, module, dtype=torch.bfloat16, **made, **data, **card)
 
@@ -146,13 +150,11 @@ class Bench:
         return checkpoint.card_path(self.out / file).exists()
 
 
-def collect_walks(data: Path, clips: int, held_out: int = 128) -> None:
+def collect_walks(data: Path, clips: int, map: str = SimulatorSettings.map, held_out: int = 128) -> None:
     """Walks for both splits, as many processes as this machine has cores to spare; shards that are there stay."""
-    from lingbot_nb.world.vizdoom import collect
-
-    processes = max(1, len(os.sched_getaffinity(0)) - 4)
+    options = dict(processes=max(1, len(os.sched_getaffinity(0)) - 4), settings=SimulatorSettings(map))
     for count, seed, shard in ((held_out, HELD_OUT_SEED, 4), (clips, 0, 32)):
-        print(collect(data, clips=count, processes=processes, seed=seed, shard_clips=shard), flush=True)
+        print(collect(data, clips=count, seed=seed, shard_clips=shard, **options), flush=True)
 
 
 def train_tokenizer(bench: Bench) -> None:
@@ -218,6 +220,8 @@ def state_for(bench: Bench, role: str, dit: DiT, lr: float, average: float) -> t
 
 def train_teacher(bench: Bench) -> None:
     budget, dit = bench.recipe.teacher, bench.dit()
+    if bench.recipe.teacher_from:
+        checkpoint.load_into(bench.recipe.teacher_from, dit)
     parallel.same_start(dit)
     state = state_for(bench, "teacher", dit, budget.lr, 0.999)
     draws = bench.generator(3)
@@ -367,7 +371,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of collected clips, both splits")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, cards and log.jsonl")
     parser.add_argument("--collect", type=int, default=0, help="walk this many clips to train on first (0: none)")
+    parser.add_argument("--map", default=SimulatorSettings.map, help="where to walk: see `collect --map`")
     parser.add_argument("--preset", default="tiny", help="tiny or tiny-large")
+    parser.add_argument("--teacher-from", type=Path, help="weights that the teacher goes on from")
     parser.add_argument("--seed", type=int, default=0)
     files = [file for file, _ in STAGES]
     parser.add_argument("--until", choices=files, default=files[-1], help="the last stage, by what it leaves")
@@ -381,7 +387,8 @@ def main() -> None:
     parser.add_argument("--one-graph", action="store_true", help="compile whole losses instead of single layers")
     args = parser.parse_args()
     compiling = dict(compile=not args.no_compile, one_graph=args.one_graph, record=not args.no_record)
-    recipe = scaled(Recipe(preset=presets.by_name(args.preset), **compiling), args.scale)
+    place = dict(preset=presets.by_name(args.preset), map=args.map, teacher_from=args.teacher_from)
+    recipe = scaled(Recipe(**place, **compiling), args.scale)
     bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command_line(parser.prog))
     if not args.evaluate_only:
         for _ in run(bench, args.until):

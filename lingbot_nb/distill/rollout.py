@@ -90,11 +90,13 @@ def draw_exit(steps: Sequence[FewStep], generator: torch.Generator) -> int:
 
 @torch.no_grad()
 def pass_clean(model, x0: Tensor, *, condition: Tensor, text, camera, cache) -> None:
-    """The clean forward alone: runs x0 at t = 0 so that the cache holds clean keys and values, and commits nothing."""
+    """The clean forward alone: runs x0 at t = 0 so that the cache holds clean keys and values, and commits nothing. A
+    model that can end there has a `write` for it, with forward's arguments."""
     x0 = x0.detach()
     cache.begin(x0.shape[2])
     t = torch.zeros(x0.shape[0], device=x0.device)
-    model(x0, t, condition_BCFHW=condition, text=text, camera=camera, cache=cache)
+    write = getattr(model, "write", model)
+    write(x0, t, condition_BCFHW=condition, text=text, camera=camera, cache=cache)
 
 
 def write_clean(model, x0: Tensor, **told) -> None:

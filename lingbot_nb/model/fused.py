@@ -6,7 +6,8 @@ modulations. Nothing in here waits for the device.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,16 @@ Prepare = Callable[[Layer], object]
 """Changes a layer of a copied network in place: other linears, joined projections."""
 
 
-@torch.library.custom_op("lingbot_nb::attend", mutates_args=())
-def opaque_attend(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor) -> Tensor:
-    """`attend` without a mask, as one call that a compiler does not look into."""
-    return attend(q_BLND, k_BLND, v_BLND).contiguous()
+@cache
+def opaque(attend: Attend) -> Attend:
+    """An attention without a mask as one call that a compiler does not look into."""
 
+    def call(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor) -> Tensor:
+        return attend(q_BLND, k_BLND, v_BLND).contiguous()
 
-@opaque_attend.register_fake
-def _(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor) -> Tensor:
-    return v_BLND.new_empty(q_BLND.shape)
+    whole = torch.library.custom_op(f"lingbot_nb::{attend.__name__}", call, mutates_args=())
+    whole.register_fake(lambda q_BLND, k_BLND, v_BLND: v_BLND.new_empty(q_BLND.shape))
+    return whole
 
 
 class Moment(NamedTuple):
@@ -116,8 +118,8 @@ def exponential_gelu(layer: Layer) -> None:
 
 
 class Format(NamedTuple):
-    """The numbers of self-attention: what makes them of q and k, and of v, what computes with them, what makes usual
-    ones of its output, and the type they are cached in (None: the network's)."""
+    """The numbers of attention: what makes them of q and k, and of v, what computes with them, what makes usual ones of
+    its output, and the type they are cached in (None: the network's)."""
 
     lower_qk: Callable[[Tensor], Tensor]
     lower_v: Callable[[Tensor], Tensor]
@@ -125,12 +127,16 @@ class Format(NamedTuple):
     lift: Callable[[Tensor], Tensor]
     dtype: torch.dtype | None = None
 
+    def reading(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        """Attention of usual numbers by `attend`, which computes with this format's."""
+        return self.lift(attend(self.lower_qk(q), self.lower_qk(k), self.lower_v(v)))
+
 
 USUAL = Format(as_it_is, as_it_is, attend, as_it_is)
 
 
 def eight_bits(attend: Attend) -> Format:
-    """Self-attention in 8-bit floating point by `attend` (see `fp8_attention`)."""
+    """Attention in 8-bit floating point by `attend` (see `fp8_attention`)."""
     return Format(lowered, partial(lowered, scale=SCALE), attend, lifted, E4M3)
 
 
@@ -195,14 +201,18 @@ class Alone:
         q, turned_k = (self.format.lower_qk(turn(x, place.table)) for x in (q, k))
         return q, turned_k, self.format.lower_v(v), k if keep else None
 
-    def read(self, handed, layer: int, sight: Sight):
-        """Attention of a layer, and before it what `hand_over` left to do."""
+    def arrive(self, handed, layer: int, sight: Sight) -> Tensor:
+        """What `hand_over` left to do: keys and values are in the cache, and q turned is returned."""
         if isinstance(handed, Raw):
-            return self.format.attend(self._written(handed, sight.place(layer)), *sight.keys_values(layer))
+            return self._written(handed, sight.place(layer))
         q, unturned_k = handed
         if unturned_k is not None:
             sight.keep_sink(layer, unturned_k)
-        return self.format.attend(q, *sight.keys_values(layer))
+        return q
+
+    def read(self, handed, layer: int, sight: Sight):
+        """Attention of a layer, and before it `arrive`."""
+        return self.format.attend(self.arrive(handed, layer, sight), *sight.keys_values(layer))
 
     def read_carried(self, carried, layer: int, sight: Sight):
         """Attention of a layer, and before it what `carry` left to do."""
@@ -295,7 +305,8 @@ class FusedDiT:
                 moved(part, to)
         for layer in self.layers:
             # A piece that is compiled as a whole must not look into the kernels of the text's attention.
-            layer.attend_text = attend if compile is as_it_is else opaque_attend
+            kernel = share.format.attend if compile is as_it_is else opaque(share.format.attend)
+            layer.attend_text = partial(share.format.reading, attend=kernel)
             moved(layer, to)
             for change in prepare:
                 change(layer)
@@ -335,21 +346,34 @@ class FusedDiT:
         With two, the first is the one before the second, which reads the keys and values that the first writes in this
         very pass. Nothing else can tell the pass from two: each chunk sees what it would have seen.
         """
-        x = _joint([self._tokens(chunk) for chunk in chunks])
-        handed = self._enter(self.share, self.layers[0], x, *self._start(0, moment, chunks))
-        for index, layer in enumerate(self.layers):
-            ys = tuple(self._readings(index, handed, chunks))
-            films = tuple(chunk.films and chunk.films[index] for chunk in chunks)
-            given = self.share, layer, x, ys, moment.layers[index][2:], text.layers[index], films
-            if index + 1 == len(self.layers):
-                x = self._leave(*given)
-            else:
-                start = self._start(index + 1, moment, chunks)
-                x, handed = self._pass_on(*given[:2], self.layers[index + 1], *given[2:], *start)
+        x, handed = self._before_last(moment, text, chunks)
+        last = len(self.layers) - 1
+        x = self._leave(self.share, self.layers[last], x, *self._given(last, handed, moment, text, chunks))
         time = Time(moment.time.head[:, -1:], moment.time.layers)
         return self._dit.velocity(
             self.share.whole(x.chunk(len(chunks), dim=1)[-1]), time, self._grid(chunks[-1].latent)
         )
+
+    @torch.no_grad()
+    def write(self, moment: Moment, text: Text, chunk: Given) -> None:
+        """Only the keys and values of a pass over one chunk: the last layer ends where it has written them."""
+        _, handed = self._before_last(moment, text, [chunk])
+        self.share.arrive(handed[0], len(self.layers) - 1, chunk.sight)
+
+    def _before_last(self, moment: Moment, text: Text, chunks: Sequence[Given]) -> tuple[Tensor, tuple]:
+        """All layers but the last: the residual stream, and what the last one hands over to its attention."""
+        x = _joint([self._tokens(chunk) for chunk in chunks])
+        handed = self._enter(self.share, self.layers[0], x, *self._start(0, moment, chunks))
+        for index, (layer, following) in enumerate(pairwise(self.layers)):
+            given = self._given(index, handed, moment, text, chunks)
+            x, handed = self._pass_on(self.share, layer, following, x, *given, *self._start(index + 1, moment, chunks))
+        return x, handed
+
+    def _given(self, index: int, handed: tuple, moment: Moment, text: Text, chunks: Sequence[Given]) -> tuple:
+        """What a layer needs to end: its attention's outputs, gates, text and films."""
+        ys = tuple(self._readings(index, handed, chunks))
+        films = tuple(chunk.films and chunk.films[index] for chunk in chunks)
+        return ys, moment.layers[index][2:], text.layers[index], films
 
     def _tokens(self, chunk: Given) -> Tensor:
         return self.share.part(self._dit.tokens(torch.cat([chunk.latent.float(), chunk.condition.float()], dim=1)))

@@ -288,7 +288,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("causal ODE, DMD", causal_ode, own_rollout),
     Arm(REFERENCE, consistency, own_rollout, windows=WINDOWS),
     Arm("consistency, DMD on real history", consistency, noisy_history),
-    Arm("consistency, DMD, chunks of 3", consistency, own_rollout, chunk=3),
+    Arm("causal model, DMD, chunks of 3", forced, own_rollout, chunk=3),
     *(
         Arm(f"causal model, DMD{text}", forced, own_rollout, length=length)
         for text, length in (SHORTER | LONGER).items()

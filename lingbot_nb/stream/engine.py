@@ -268,7 +268,7 @@ class Engine:
     def settle(self) -> None:
         """The clean pass that `merge` has put off, if there is one: to be called before the cache is read or kept."""
         if self._held:
-            self._net(self._moment(T_CLEAN), self._text, self._held)
+            self._net.write(self._moment(T_CLEAN), self._text, self._held)
             self._held = None
 
     @_kept_writable
@@ -316,7 +316,7 @@ class Engine:
 
     def _clean_now(self) -> None:
         # The chunk is committed by the caller: Python that counts would stand still in a recording.
-        self._net(self._moment(T_CLEAN), self._text, self._clean_chunk())
+        self._net.write(self._moment(T_CLEAN), self._text, self._clean_chunk())
 
     def _clean_chunk(self) -> Given:
         return Given(self._chunk.x0, self._chunk.condition, self._films, self.cache.sight)
@@ -360,11 +360,19 @@ class StreamingDiT(nn.Module):
 
     def forward(self, latent_BCFHW: Tensor, t: Tensor, *, condition_BCFHW, text, camera, cache, checkpoint=False):
         """Velocity of the running chunk, as `DiT.forward` with a cache."""
+        sight = cache.begin(latent_BCFHW.shape[2]).sight
+        return self._net(self._moment(t), text, Given(latent_BCFHW, condition_BCFHW, camera, sight))
+
+    def write(self, latent_BCFHW: Tensor, t: Tensor, *, condition_BCFHW, text, camera, cache) -> None:
+        """Only the keys and values that `forward` leaves in the cache."""
+        sight = cache.begin(latent_BCFHW.shape[2]).sight
+        self._net.write(self._moment(t), text, Given(latent_BCFHW, condition_BCFHW, camera, sight))
+
+    def _moment(self, t: Tensor) -> Moment:
         level = float(t.flatten()[0])
         if level not in self._moments:
             self._moments[level] = self._net.moment(level)
-        sight = cache.begin(latent_BCFHW.shape[2]).sight
-        return self._net(self._moments[level], text, Given(latent_BCFHW, condition_BCFHW, camera, sight))
+        return self._moments[level]
 
 
 class Plain:

@@ -88,15 +88,19 @@ class HeadShare(Alone):
         self.kernel(raw, self._own_angles(count, place), packed.unbind(2))
         return packed.view(self.format.dtype or packed.dtype)
 
-    def read(self, handed: Tensor | Raw, layer: int, sight: Sight) -> Tensor:
-        """[ranks, L, N / ranks, D]: from every rank its heads' outputs for this rank's tokens."""
+    def arrive(self, handed: Tensor | Raw, layer: int, sight: Sight) -> Tensor:
+        """q turned of all tokens and this rank's heads, when their keys and values are in the cache."""
         if isinstance(handed, Raw):
             handed = self._packed(handed, sight.place(layer))
         q, k, v, *unturned_k = self._exchanged(handed).flatten(0, 1).unsqueeze(0).unbind(2)
         put(sight.place(layer), k, v)
         if unturned_k:
             sight.keep_sink(layer, *unturned_k)
-        y = self.format.attend(q, *sight.keys_values(layer))
+        return q
+
+    def read(self, handed: Tensor | Raw, layer: int, sight: Sight) -> Tensor:
+        """[ranks, L, N / ranks, D]: from every rank its heads' outputs for this rank's tokens."""
+        y = self.format.attend(self.arrive(handed, layer, sight), *sight.keys_values(layer))
         return self._exchanged(y[0].unflatten(0, (self.ranks, -1)))
 
     read_carried = read
