@@ -65,6 +65,19 @@ def test_row_adds_up():
     assert "2+1 forwards" in str(row) and "n=3" in str(row)
 
 
+def test_the_table_has_what_each_stream_reached_with_all_its_options(tmp_path):
+    row = dict(steps=2, clean_pass=True, fps=1.25, floor=400.0, period=800.0, peak_gib=3.6)
+    for picture, processes in (("720x1280", 2), ("96x160", 1)):
+        parts = (f"lingbot · {picture}, 21 frames of 60 tokens · bfloat16 · NVIDIA H200 · torch 2.11 · chunk 3 · "
+                 f"window 9 · sink 3 · processes {processes}")  # fmt: skip
+        rows = [row | dict(name=name, steps=steps) for name, steps in (("plain", 4), ("all", 2), ("all", 1))]
+        (tmp_path / f"{processes}.json").write_text(json.dumps(dict(conditions=parts, rows=rows)))
+    lines = bench_stream.table([tmp_path / "2.json", tmp_path / "1.json"]).splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ["2 + 1", "1 + 1"] * 2
+    assert lines[0] == "| 96x160, lingbot | 1 x NVIDIA H200 | 9, 3 | 2 + 1 | 1.2 | 50% | 800 | 4 |"
+    assert lines[2].startswith("| 720x1280, lingbot | 2 x NVIDIA H200 |")
+
+
 def test_clock_gives_each_stage_from_the_point_before_it():
     clock = Clock(CPU)
     clock._points = [("begin", 0.0), ("a", 0.001), ("b", 0.004), ("begin", 0.1), ("a", 0.102)]

@@ -11,9 +11,10 @@ products and attentions of a chunk take on this machine when each runs alone, me
 import argparse
 import copy
 import gc
+import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from lingbot_nb.presets import (
     Preset,
     VideoShape,
 )
+from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.report.bench import synchroniser
 from lingbot_nb.stream.engine import SMALL, Engine, Plain, Speed, fast
 from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
@@ -780,6 +782,36 @@ def _fastest_dtype(order: Order, device: torch.device) -> torch.dtype:
     tried = ", ".join(f"{kind} with {threads}: {ms:.0f}" for (kind, threads), ms in choice.milliseconds.items())
     print(f"ms a chunk of one step, by dtype and threads: {tried}".replace("torch.", ""), flush=True)
     return choice.dtype
+
+
+def table(files: Iterable[Path]) -> str:
+    """Saved benches as Markdown: what each stream reached with all its options, the largest pictures last."""
+    heads = ("picture", "GPUs", "window, sink", "forwards", "FPS", "of the floor", "ms a chunk", "GiB a GPU")
+    found = [json.loads(path.read_text()) for path in files]
+    return markdown_table(heads, sorted((line for each in found for line in _lines(each)), key=_area))
+
+
+def _lines(found: Mapping) -> Iterator[tuple[str, ...]]:
+    name, picture, _, gpu, *rest = found["conditions"].split(" · ")
+    told = dict(part.split(" ", 1) for part in rest)
+    for row in found["rows"]:
+        # A ladder's lower rungs are another table's.
+        if row["name"] == found["rows"][-1]["name"]:
+            yield (
+                f"{picture.split(',')[0]}, {name}",
+                f"{told['processes']} x {gpu}",
+                f"{told['window']}, {told['sink']}",
+                f"{row['steps']} + {int(row['clean_pass'])}",
+                f"{row['fps']:.1f}",
+                f"{row['floor'] / row['period']:.0%}",
+                f"{row['period']:.0f}",
+                f"{row['peak_gib']:.0f}",
+            )
+
+
+def _area(line: Sequence[str]) -> int:
+    height, width = line[0].split(",")[0].split("x")
+    return int(height) * int(width)
 
 
 def draw(found: dict, path: Path) -> Path:
