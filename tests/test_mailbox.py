@@ -34,6 +34,18 @@ def test_arrays_of_any_size_arrive_one_after_the_other(ends, counts):
 
 
 @needs_room
+def test_arrays_lie_there_together_until_it_is_emptied(ends):
+    sender, receiver = ends
+    letters = [sender.put(pictures(count, count)) for count in (4, 3, 12)]
+    for count, letter in zip((4, 3, 12), letters, strict=True):
+        assert np.array_equal(receiver.take(letter), pictures(count, count))
+    size = os.path.getsize(sender.path)
+    sender.empty()
+    assert np.array_equal(receiver.take(sender.put(pictures(4, 9))), pictures(4, 9))
+    assert os.path.getsize(sender.path) == size
+
+
+@needs_room
 def test_types_and_slices_survive(ends):
     sender, receiver = ends
     values = np.linspace(0, 1, 60_000, dtype=np.float32).reshape(3, 100, 200)[:, ::-1, ::2]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -149,6 +150,86 @@ def test_a_hung_rank_is_ended_and_settings_come_back(far):
     session.reset(seed=5)
     assert (session.prompt, session.steps, session.seed) == ("the same corridor at night", 2, 5)
     assert session.alive and read_keys(session.step("w")[0]) == "w"
+
+
+def test_pictures_come_in_the_parts_that_a_session_here_gives(far):
+    away, here = far(micro, 1), micro()
+    for session in (away, here):
+        session.chunk = 3
+        session.reset()
+    parts, expected = list(away.stream("w")), list(here.stream("w"))
+    assert [len(part) for part in parts] == [len(part) for part in expected]
+    assert all(np.array_equal(*pair) for pair in zip(parts, expected, strict=True))
+    for frames in away.stream("l"):  # the rest is made although nobody takes it
+        first = frames
+        break
+    expected = here.step("l")
+    assert np.array_equal(first, expected[: len(first)]) and np.array_equal(away.last_frame, here.last_frame)
+    assert np.array_equal(away.step("w"), here.step("w"))
+
+
+def test_one_process_begins_a_chunk_again_for_newer_keys(far):
+    away, here = far(micro, 1), micro()
+    asked = []
+
+    def newer():
+        asked.append(1)
+        return "l" if len(asked) == 1 else None
+
+    assert np.array_equal(np.concatenate(list(away.stream("w", newer))), here.step("l"))
+    assert len(asked) > 1 and np.array_equal(away.recording().keys, here.recording().keys)
+
+
+def test_several_processes_keep_to_the_keys_they_agreed_on(far):
+    away = far(micro)
+    frames = np.concatenate(list(away.stream("w", lambda: "l")))
+    assert np.array_equal(frames, micro().step("w"))
+
+
+def test_an_interrupted_chunk_is_made_and_the_next_one_is_its_own(far):
+    away, here = far(micro, 1), micro()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(away.stream("w", interrupted))
+    here.step("w")
+    assert np.array_equal(away.step("l"), here.step("l"))
+    away._order("generate", frozenset("j"), False)  # as if interrupted before anything was waited for
+    here.step("j")
+    assert np.array_equal(away.step("l"), here.step("l"))
+    away._number += 1  # as if interrupted before it was told to go: that chunk is not made
+    away._send(0, pickle.dumps((away._number, ("generate", frozenset("w"), False))))
+    assert np.array_equal(away.step("l"), here.step("l"))
+
+
+def test_a_state_and_a_recording_come_from_one_process(far, tmp_path):
+    away, here = far(micro, 1), micro()
+    for session in (away, here):
+        session.step("w")
+        session.save(tmp_path / "state.safetensors")
+    expected = here.step("l")
+    assert np.array_equal(away.step("l"), expected)
+    away.load(tmp_path / "state.safetensors")
+    assert np.array_equal(away.step("l"), expected)
+    assert np.array_equal(away.recording().keys, here.recording().keys)
+    with pytest.raises(RuntimeError, match="2 processes share this world"):
+        far(painted).save(tmp_path / "none.safetensors")
+
+
+def test_one_process_chooses_threads_and_keeps_them_when_it_is_started_again(far):
+    session = far(micro, 1)
+    assert session.threads is None
+    choice = session.tune(0.1)
+    assert session.threads == choice.threads and session.dtype == choice.dtype
+    session.threads = choice.threads + 1
+    os.kill(pids(session)[0], signal.SIGKILL)
+    with pytest.raises(Lost, match="killed by signal 9"):
+        session.step("w")
+    session.reset()
+    assert session.threads == choice.threads + 1 and len(session.step("w"))
+    assert far(painted).tune() is None  # several would not choose alike
 
 
 def test_a_session_that_cannot_be_built_says_why():

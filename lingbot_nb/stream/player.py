@@ -58,7 +58,7 @@ def play(session, *, scenes: Sequence[np.ndarray] = (), prompts: Sequence[str] =
     keys = parse_keys(script) if script else None  # a bad script is told before the running player is stopped
     stop()
     asked = session.steps
-    if hasattr(session, "tune") and session.threads is None:
+    if hasattr(session, "tune") and getattr(session, "threads", 1) is None:
         session.tune(fewest_steps=FEWEST_STEPS)
     _current = Player(
         session, scenes=scenes, prompts=prompts, title=title, folder=folder, fps=fps, window=window, follow=follow
@@ -371,7 +371,7 @@ class Player:
                 if hasattr(self.session, "recording"):  # all play since the last reset: keys, poses, start image
                     self.session.recording().save(path.with_suffix(".safetensors"))
                 self.say(f"Saved {path} ({recorder.pixel_frames / self.fps:.1f} s) and its keys.")
-            except (ValueError, OSError) as error:
+            except (ValueError, RuntimeError, OSError) as error:
                 self.say(str(error), bad=True)
         self.panel.show_recording(False)
 

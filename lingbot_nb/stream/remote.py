@@ -4,7 +4,8 @@ One process or several, one per GPU; each builds its session with the same `make
 that only these processes hold, so nothing listens; pictures come back through memory that they share. A command is
 done in two rounds: every rank gets it and answers with its number and checksum, and only when all have answered alike
 are they told to go. So no rank begins a chunk that another has not agreed to, and a rank that died is noticed before
-its peers wait for it in a collective.
+its peers wait for it in a collective. Whatever is said of a command bears its number: when the one who waited was
+interrupted, what still comes of it is known for that and passed over.
 """
 
 import copy
@@ -16,28 +17,34 @@ import tempfile
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from lingbot_nb.distill.parallel import MEETING
 from lingbot_nb.stream.mailbox import Mailbox, folder_in_memory
 
+if TYPE_CHECKING:  # a session of others needs no torch here
+    from lingbot_nb.stream.session import Choice, Newer, Recording
+
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
     "next_frames", "pixel_frames", "last_timings", "chunk", "window", "sink", "longest_chunk", "longest_window",
-    "longest_sink", "preset",
+    "longest_sink", "preset", "device", "dtype", "threads", "shrunk",
 )  # fmt: skip
 """What is known of the far session without asking; sent along with every answer where it has changed."""
-KEPT = ("prompt", "steps", "chunk", "window", "sink")
+KEPT = ("prompt", "steps", "chunk", "window", "sink", "threads")
 """Settings that a restarted session is given again."""
 PICTURES = "-pictures"
 """Ending of the file that holds rank 0's pictures."""
 READY_SECONDS = 600.0
 """Building a session may mean loading and compiling a large model."""
+GO = b"go"
+"""What follows a command that all ranks have heard."""
 
 
 class Lost(RuntimeError):
@@ -83,14 +90,35 @@ class RemoteSession:
 
     def generate(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
         """The next chunk's pixel frames; the far session does its clean pass while they are shown."""
-        return self._call("generate", keys if isinstance(keys, np.ndarray) else frozenset(keys))
+        return np.concatenate(list(self.stream(keys)))
+
+    def stream(self, keys: Iterable[str] | np.ndarray, newer: "Newer | None" = None) -> Iterator[np.ndarray]:
+        """`generate`, handing out pixel frames as they come, see `Session.stream`.
+
+        A single process asks `newer()`; several keep to the keys that they have agreed on. What has begun is made to
+        its end, also when nobody takes the rest.
+        """
+        keys = keys if isinstance(keys, np.ndarray) else frozenset(keys)
+        with self._lock:
+            self._order("generate", keys, newer is not None and self._world == 1)
+            self._finishing = True
+            try:
+                while (frames := self._part(newer)) is not None:
+                    yield frames
+            except GeneratorExit:
+                while self._part(newer) is not None:
+                    pass
+                raise
+            except KeyboardInterrupt:
+                self._finishing = False
+                raise
 
     def finish(self) -> None:
         """Wait for the clean pass of the last chunk."""
         with self._lock:
             if self._finishing:
                 self._finishing = False
-                self._gather("finished", self._seconds)
+                self._gather("finished")
 
     def step(self, keys: Iterable[str] | np.ndarray) -> np.ndarray:
         frames = self.generate(keys)
@@ -114,6 +142,30 @@ class RemoteSession:
         """Go on with another student of the same size, on every rank."""
         self._call("use", dit)
         self._wishes["student"] = ("use", dit)
+
+    def tune(self, seconds: float = 1.0, fewest_steps: int | None = None) -> "Choice | None":
+        """Have a single process choose dtype, threads and steps, see `Session.tune`; several would not choose alike."""
+        if self._world > 1:
+            return None
+        self._wishes["tuned"] = ("ask", "tune", (seconds, fewest_steps))
+        return self.ask("tune", seconds, fewest_steps)[0]
+
+    def recording(self) -> "Recording":
+        """What was played since the last reset."""
+        return self.ask("recording")[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole state of a session of one process, see `Session.save`."""
+        return self._alone("save", path)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file that `save` wrote."""
+        self._alone("load", path)
+
+    def _alone(self, name: str, path: str | Path):
+        if self._world > 1:
+            raise RuntimeError(f"{self._world} processes share this world: only one process can {name} its state")
+        return self.ask(name, Path(path).resolve())[0]
 
     def ask(self, name: str, *arguments) -> list:
         """What the method or attribute `name` of each rank's session gives, by rank."""
@@ -140,6 +192,8 @@ class RemoteSession:
             seed = self._facts.get("seed") if seed is None else seed
             self.close()
             self._start()
+            if "tuned" in self._wishes:
+                self._call(*self._wishes["tuned"])
             for name in KEPT:
                 if name in self._wishes:
                     self._call("set", name, self._wishes[name])
@@ -181,6 +235,7 @@ class RemoteSession:
             process.start()
             theirs.close()
             self._workers.append((process, mine))
+        self._number = 0
         try:
             self._gather("done", READY_SECONDS)
         except BaseException:
@@ -191,22 +246,28 @@ class RemoteSession:
 
     def _call(self, *command, everyone: bool = False):
         with self._lock:
-            self.check()
-            self.finish()
-            self._number += 1
-            data = pickle.dumps((self._number, command))
-            self._agree(data)
-            for rank in range(self._world):
-                self._send(rank, b"go")
-            self._finishing = command[0] == "generate"
-            answers = self._gather("done", self._seconds)
+            self._order(*command)
+            answers = self._gather("done")
             return answers if everyone else answers[0]
+
+    def _order(self, *command) -> None:
+        """Have all ranks begin a command."""
+        self.check()
+        self.finish()
+        self._number += 1
+        data = pickle.dumps((self._number, command))
+        self._agree(data)
+        try:
+            for rank in range(self._world):
+                self._send(rank, GO)
+        except KeyboardInterrupt:
+            self._lose("the session was interrupted when some of its processes had begun")
 
     def _agree(self, data: bytes) -> None:
         for rank in range(self._world):
             self._send(rank, data)
         expected = (self._number, zlib.crc32(data))
-        for rank, answer in enumerate(self._gather("heard", self._seconds)):
+        for rank, answer in enumerate(self._gather("heard")):
             if answer != expected:
                 self._lose(f"rank {rank} of {self._world} heard command {answer} where {expected} was sent")
 
@@ -215,40 +276,77 @@ class RemoteSession:
             self._workers[rank][1].send_bytes(data)
         except OSError:
             self._lose(self._epitaph(rank))
+        except KeyboardInterrupt:
+            self._lose("the session was interrupted while it was spoken to")
 
-    def _gather(self, kind: str, seconds: float) -> list:
+    def _part(self, newer: "Newer | None") -> np.ndarray | None:
+        """The next pixel frames of the chunk that is being made; None when all ranks have made it."""
+        while True:
+            said, answer = self._next(0, self._seconds, "part", "asks", "done")
+            if said == "part":
+                return answer
+            if said == "done":
+                break
+            self._send(0, pickle.dumps((self._number, newer())))
+        self._in_order({0: answer, **self._answers("done", range(1, self._world), self._seconds)})
+        return None
+
+    def _gather(self, kind: str, seconds: float | None = None) -> list:
         """One answer of each rank; raises at once when a process ends, and what the far session raised."""
-        answers: dict[int, Any] = {}
-        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
-        ends = {process.sentinel: rank for rank, (process, _) in enumerate(self._workers)}
-        while len(answers) < self._world:
-            waiting = [pipe for pipe, rank in ranks.items() if rank not in answers]
-            ready = wait([*waiting, *ends], seconds)
-            if not ready:
-                late = min(set(ranks.values()) - answers.keys())
-                self._lose(f"rank {late} of {self._world} has not answered for {seconds:g} s")
-            for pipe in ready:
-                if pipe in ranks:
-                    self._receive(pipe, ranks[pipe], kind, answers)
-            for end in ready:
-                if end in ends and ends[end] not in answers:
-                    self._lose(self._epitaph(ends[end]))
+        return self._in_order(self._answers(kind, range(self._world), seconds or self._seconds))
+
+    def _in_order(self, answers: dict[int, Any]) -> list:
         in_order = [answers[rank] for rank in range(self._world)]
         for answer in in_order:
             if isinstance(answer, Exception):
                 raise answer
         return in_order
 
-    def _receive(self, pipe: Connection, rank: int, kind: str, answers: dict[int, Any]) -> None:
+    def _answers(self, kind: str, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+        missing, answers = set(ranks), {}
+        while missing:
+            for rank in self._await(missing, seconds):
+                answer = self._receive(rank, kind)
+                if answer is not None:
+                    answers[rank] = answer[1]
+                    missing.discard(rank)
+        return answers
+
+    def _next(self, rank: int, seconds: float, *kinds: str) -> tuple[str, Any]:
+        """The next answer of one rank, while all are watched."""
+        while True:
+            for _ in self._await({rank}, seconds):
+                if (answer := self._receive(rank, *kinds)) is not None:
+                    return answer
+
+    def _await(self, ranks: set[int], seconds: float) -> list[int]:
+        """Those of `ranks` that have said something; Lost when one has ended that has not, or none speaks in time."""
+        pipes = {self._workers[rank][1]: rank for rank in ranks}
+        ends = {self._workers[rank][0].sentinel: rank for rank in ranks}
+        ready = wait([*pipes, *ends], seconds)
+        if not ready:
+            self._lose(f"rank {min(ranks)} of {self._world} has not answered for {seconds:g} s")
+        spoken = [rank for pipe, rank in pipes.items() if pipe in ready]
+        for end in ready:
+            if end in ends and ends[end] not in spoken:
+                self._lose(self._epitaph(ends[end]))
+        return spoken
+
+    def _receive(self, rank: int, *kinds: str) -> tuple[str, Any] | None:
+        """What a rank says, and what about; None where that is of a command that nobody waits for any more."""
         try:
-            said, answer, facts = pickle.loads(pipe.recv_bytes())
+            number, said, answer, facts = pickle.loads(self._workers[rank][1].recv_bytes())
         except (EOFError, OSError):
             self._lose(self._epitaph(rank))
+        except KeyboardInterrupt:
+            self._lose("the session was interrupted while it spoke")
         if rank == 0:
             self._facts.update(facts)
-        if said != kind:
-            self._lose(f"rank {rank} of {self._world} answered {said} where {kind} was due")
-        answers[rank] = self._mailbox.take(answer)
+        if number < self._number:
+            return None
+        if said not in kinds:
+            self._lose(f"rank {rank} of {self._world} answered {said} where {' or '.join(kinds)} was due")
+        return said, self._mailbox.take(answer)
 
     def _lose(self, why: str) -> NoReturn:
         """Give up on all processes: half an exchange cannot be resumed, and peers may wait for the dead in vain."""
@@ -292,14 +390,13 @@ class _Worker:
     def __init__(self, pipe: Connection, rank: int, mailbox: Mailbox):
         self._pipe, self._rank, self._mailbox = pipe, rank, mailbox
         self._told: dict[str, Any] = {}
+        self._number = 0
+        self._unasked: bytes | None = None
         self.session: Any = SimpleNamespace()
 
     def serve(self) -> None:
-        data = self._pipe.recv_bytes()
-        number, (name, *arguments) = pickle.loads(data)
-        self._pipe.send_bytes(pickle.dumps(("heard", (number, zlib.crc32(data)), {})))
-        if self._pipe.recv_bytes() != b"go":
-            raise EOFError("the command was called off")
+        name, *arguments = self._agreed()
+        self._mailbox.empty()
         try:
             answer = getattr(self, f"_{name}")(*arguments)
         except Exception as error:
@@ -308,8 +405,23 @@ class _Worker:
         if name == "generate":
             self.answer("finished", self._finish())
 
+    def _agreed(self) -> tuple:
+        """The next command that all have heard. One that is followed by another was called off."""
+        data = self._unasked or self._pipe.recv_bytes()
+        self._unasked = None
+        while True:
+            self._number, command = pickle.loads(data)
+            self._tell("heard", (self._number, zlib.crc32(data)), {})
+            data = self._pipe.recv_bytes()
+            if data == GO:
+                return command
+
     def answer(self, kind: str, value) -> None:
-        self._pipe.send_bytes(pickle.dumps((kind, value, self._news())))
+        """Say it, with the facts that have changed."""
+        self._tell(kind, value, self._news())
+
+    def _tell(self, kind: str, value, facts: dict[str, Any]) -> None:
+        self._pipe.send_bytes(pickle.dumps((self._number, kind, value, facts)))
 
     def _news(self) -> dict[str, Any]:
         """Facts that have changed since they were told; rank 0 speaks for all."""
@@ -323,9 +435,23 @@ class _Worker:
         self._told.update(copy.deepcopy(news))
         return news
 
-    def _generate(self, keys) -> np.ndarray | None:
-        frames = self.session.generate(keys)
-        return self._mailbox.put(frames) if self._rank == 0 else None
+    def _generate(self, keys, asks: bool) -> None:
+        stream = getattr(self.session, "stream", None)
+        for frames in stream(keys, self._newer if asks else None) if stream else [self.session.generate(keys)]:
+            if self._rank == 0:
+                self._tell("part", self._mailbox.put(frames), {})
+
+    def _newer(self):
+        """Other keys, if the player has some by now."""
+        if self._unasked is not None:
+            return None
+        self._tell("asks", None, {})
+        data = self._pipe.recv_bytes()
+        number, keys = pickle.loads(data)
+        if number == self._number:
+            return keys
+        self._unasked = data  # the player was interrupted: it waits for this chunk no more, and wants something else
+        return None
 
     def _finish(self) -> Exception | None:
         try:
