@@ -104,8 +104,11 @@ def turn(x_BLND: Tensor, table: RopeTable) -> Tensor:
 
 
 class SigmoidGELU(nn.Module):
-    """GELU's tanh form by way of the exponential, which a GPU has in hardware: 0.5 (1 + tanh u) = sigmoid(2 u). Compiled
-    it is computed in fp32 inside one kernel; as it stands it takes a CPU three fifths of `nn.GELU("tanh")`'s time."""
+    """GELU's tanh form by way of the exponential, which a GPU has in hardware: 0.5 (1 + tanh u) = sigmoid(2 u).
+
+    Compiled it is computed in fp32 inside one kernel; as it stands it takes a CPU three fifths of `nn.GELU("tanh")`'s
+    time.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         y, twice = x.float(), 2 * (2 / torch.pi) ** 0.5
