@@ -345,7 +345,8 @@ def clip(pixel_frames=9):
 
 
 def test_a_clip_is_where_play_begins(make, dit, vae):
-    """The cache after a clip is the one that the same latents, written chunk by chunk by hand, leave."""
+    """The cache after a clip is the one that the same latents, written chunk by chunk by hand, leave, up to rounding:
+    a session's weights lie otherwise in memory."""
     keys = np.concatenate([np.zeros((1, 8), bool), parse_keys("w-5,l-3")])
     session = make()
     session.start_clip(clip(), keys)
@@ -360,7 +361,8 @@ def test_a_clip_is_where_play_begins(make, dit, vae):
             start_chunk(dit, x0[:, :, i : i + 1], conditions=part, cache=cache)
         seen = to_uint8(vae.decode(x0))[0].numpy()
     mine = session._cache.state_dict()
-    assert all(torch.equal(part, mine[name]) for name, part in cache.state_dict().items())
+    for name, part in cache.state_dict().items():
+        torch.testing.assert_close(mine[name], part, atol=1e-5, rtol=1e-5)
     assert np.array_equal(session.first_frame, seen[-1])
     assert session.pixel_frames == 9 and len(session.poses) == 9
     frames = walk(session, "w", "j")
@@ -577,18 +579,23 @@ def played(session):
     return np.concatenate(films)
 
 
+def levels_apart(film: np.ndarray, other: np.ndarray) -> int:
+    """Largest difference of two films: threads share a product out otherwise where its weights lie otherwise in memory,
+    and its last bit may move a pixel by one of 255 levels."""
+    return int(np.abs(film.astype(int) - other).max())
+
+
 BARE = Speed(compile=False, graph=False, join=False)
 
 
 @pytest.mark.parametrize("image_first", [True, False])
 def test_the_engine_plays_the_same_film(make, image_first):
     preset = replace(MICRO, stream=replace(MICRO.stream, image_first=image_first))
-    assert np.array_equal(played(make(preset, speed=BARE)), played(make(preset)))
+    assert levels_apart(played(make(preset, speed=BARE)), played(make(preset))) <= 1
 
 
 def test_merged_passes_play_the_same_film_within_a_level(make):
-    plain, merged = played(make()), played(make(speed=replace(BARE, merge=True)))
-    assert np.abs(plain.astype(int) - merged).max() <= 1
+    assert levels_apart(played(make(speed=replace(BARE, merge=True))), played(make())) <= 1
 
 
 def test_newer_keys_reach_the_engine_when_its_chunk_is_made(make):

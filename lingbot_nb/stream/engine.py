@@ -106,7 +106,7 @@ def fast(
     wanted = {
         join_projections: speed.join,
         quantise_layer: speed.fp8,
-        exponential_gelu: speed.compile or (speed.join and on_cpu),
+        exponential_gelu: speed.compile,
         lay_rows_inside: speed.join and on_cpu,
     }
     prepare = [change for change, wished in wanted.items() if wished]
