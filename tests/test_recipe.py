@@ -29,7 +29,7 @@ def bench(tmp_path):
         digest = write_shard(data / f"{split}.safetensors", [clip])
         lines.append({"shard": f"{split}.safetensors", "split": split, "sha256": digest, "seeds": [clip.seed]})
     write_manifest(data, lines)
-    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "student")}
+    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "student", "still")}
     return Bench(Recipe(preset=SMALL, vae_size=MICRO_VAE, compile=False, **budgets), data, tmp_path / "weights", seed=0)
 
 
@@ -53,15 +53,27 @@ def test_training_stops_at_the_stage_that_was_asked_for(bench):
 
 def test_scaling_a_recipe_scales_every_stage():
     half = recipe.scaled(Recipe(), 0.5)
-    for name in ("tokenizer", "teacher", "causal", "student"):
+    for name in ("tokenizer", "teacher", "causal", "student", "still"):
         assert getattr(half, name).seconds == 0.5 * getattr(Recipe(), name).seconds
     assert half.preset == Recipe().preset
 
 
 def test_the_student_stops_at_its_steps_however_much_time_is_left(bench):
     bench.recipe = replace(bench.recipe, student=Budget(3600, 1, 1e-3, steps=12))
-    *_, last = recipe.run(bench)
+    *_, last = recipe.run(bench, "matched.safetensors")
     assert checkpoint.read_card(bench.out / last)["steps"] == 12
+
+
+def test_the_student_that_stands_comes_from_the_one_that_walks(bench):
+    bench.recipe = replace(bench.recipe, still=Budget(3600, 2, 1e-3, steps=3), still_frames=8)
+    *_, last = recipe.run(bench)
+    card = checkpoint.read_card(bench.out / last)
+    matched = checkpoint.read_card(bench.out / "matched.safetensors")
+    assert card["steps"] == 3 and card["kind"] == "student" and card["made_from"]["sha256"] == matched["sha256"]
+    rows = [json.loads(line) for line in (bench.out / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "steady"]
+    assert rows[0]["halts"] >= 1 and [row["step"] for row in rows[1:]] == [1, 2, 3]
+    assert all(row["student_loss"] > 0 for row in rows[1:])
 
 
 def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(bench):

@@ -25,6 +25,7 @@ from lingbot_nb import presets
 from lingbot_nb.distill import flow, parallel, tokenizer, train
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
+from lingbot_nb.distill.still import halts_of, still_step
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText, map_prompt
@@ -59,6 +60,10 @@ class Recipe:
     student: Budget = Budget(150, 16, 3e-5, steps=39)
     """39 updates of the critic, 6 of the student: more sharpen its pictures and lead its walks astray (the arms of
     `report.claims` that differ in length show by how much)."""
+    still: Budget = Budget(240, 6, 3e-5, steps=60)
+    """The last stage: as many updates on halts of this many clips, and on half as many real walks."""
+    still_frames: int = 29
+    """How many frames a halt is walked and stood: seven seconds."""
     critic_lr: float = 1e-4
     context_noise: float = 0.2
     kl: float = 5e-4
@@ -190,8 +195,9 @@ def fit_tokenizer(bench: Bench, vae: TinyVAE, budget: Budget, *, decoder_only: b
 
 
 def run_fit(bench: Bench, stage: str, step: train.Step, state: train.TrainState, budget: Budget, schedule) -> None:
-    for row in train.fit(step, state, seconds=budget.seconds, schedule=schedule, log_every=LOG_EVERY):
-        if row["step"] % 100 == 0 or row["step"] in (1, 10):
+    ends = dict(steps=budget.steps) if budget.steps else dict(seconds=budget.seconds)
+    for row in train.fit(step, state, **ends, schedule=schedule, log_every=LOG_EVERY):
+        if row["step"] % 100 == 0 or row["step"] in (1, 10) or budget.steps:
             bench.say(stage, steps_per_second=row["step"] / row["seconds"], **row)
 
 
@@ -252,9 +258,10 @@ def train_causal(bench: Bench) -> None:
     bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
 
 
-def train_student(bench: Bench) -> None:
+def match_distributions(bench: Bench) -> None:
     """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout. It begins with
-    the causal model: ODE pairs in between gain nothing here, consistency distillation loses (`report.claims`)."""
+    the causal model: ODE pairs in between gain nothing here, consistency distillation loses (`report.claims`). What it
+    leaves walks, but does not stand yet."""
     budget, preset = bench.recipe.student, bench.preset
     student, critic = bench.dit("causal.safetensors"), bench.dit("teacher.safetensors")
     teacher = bench.dit("teacher.safetensors").requires_grad_(False)
@@ -291,7 +298,31 @@ def train_student(bench: Bench) -> None:
         if "student_g" in row or row["step"] % 10 == 0:
             bench.say("student", **row)
     spent = replace(budget, seconds=state.seconds)
-    bench.keep("student.safetensors", state.averages["student"].module, spent, kind="student", steps=state.step)
+    bench.keep("matched.safetensors", state.averages["student"].module, spent, kind="student", steps=state.step)
+
+
+def steady(bench: Bench) -> None:
+    """Teaches the student to stand (`still`), real walks by teacher forcing beside it lest it forgets how to walk."""
+    budget, preset = bench.recipe.still, bench.preset
+    dit = bench.dit("matched.safetensors")
+    adam = torch.optim.AdamW(dit.parameters(), lr=budget.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    averages = {"student": train.Average(dit, 0.9)}
+    state = train.TrainState({"student": dit}, {"student": adam}, bench.generator(10), averages=averages)
+    draws, precision = bench.generator(11), dict(precision=bench.precision)
+    walks = bench.latents.batches(max(1, budget.batch // 2), draws)
+    halts = halts_of(bench.vae(), bench.latents, bench.train)
+    bench.say("steady", halts=len(halts))
+    labels = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
+    noise = dict(shift=preset.flow.shift, context_noise=bench.recipe.context_noise)
+    batches = halts.batches(budget.batch, draws, bench.recipe.still_frames, preset.stream)
+    step = train.together(
+        train.forcing_step(dit, walks, preset.stream, **noise, **precision),
+        still_step(dit, batches, preset.stream, labels, train.grad_caches(preset), **precision),
+    )
+    run_fit(bench, "steady", step, state, budget, train.warmup_decay(0.08, 0.3))
+    spent = replace(budget, seconds=state.seconds)
+    card = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / "matched.safetensors"))
+    bench.keep("student.safetensors", state.averages["student"].module, spent, **card)
 
 
 def evaluate(bench: Bench, clips: int = 128) -> None:
@@ -326,7 +357,7 @@ def generated(bench: Bench, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
         with bench.precision():
             clips = evaluation.teacher_clips(teacher, batch, steps=50, shift=shift, generator=bench.generator(8))
         yield "teacher.safetensors", "50 steps", clips
-    for file, counts in (("causal", (4,)), ("student", (4, 2, 1))):
+    for file, counts in (("causal", (4,)), ("matched", (4,)), ("student", (4, 2, 1))):
         for count in counts if bench.has(f"{file}.safetensors") else ():
             steps = flow.few_steps(bench.preset.flow.labels(count), shift)
             with bench.precision():
@@ -349,7 +380,8 @@ STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
     ("vae.safetensors", train_tokenizer),
     ("teacher.safetensors", train_teacher),
     ("causal.safetensors", train_causal),
-    ("student.safetensors", train_student),
+    ("matched.safetensors", match_distributions),
+    ("student.safetensors", steady),
 )
 
 
@@ -404,7 +436,7 @@ def command_line(module: str) -> str:
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
     """The same recipe with every stage's seconds times `factor`."""
-    names = ("tokenizer", "teacher", "causal", "student")
+    names = ("tokenizer", "teacher", "causal", "student", "still")
     budgets = {name: getattr(recipe, name) for name in names}
     return replace(recipe, **{n: replace(b, seconds=b.seconds * factor) for n, b in budgets.items()})
 
