@@ -133,6 +133,24 @@ def test_context_noise_is_told_and_spares_the_known_frame():
         forcing.noisy_context(x0, 1.5, rng())
 
 
+def test_a_network_is_held_to_what_it_was_and_to_nothing_else():
+    """Both read the same input: nothing to lose while nothing has changed, then the square of the change, wherever the
+    data's own velocity lies; what it was gets no gradient."""
+    x0, offset = clips(), torch.full((), 0.3, requires_grad=True)
+    was = torch.full((), 0.1, requires_grad=True)
+    noise = forcing.forced_noise(x0, [1, 1, 2], shift=SHIFT, generator=rng(), known=1, context_noise=0.2)
+
+    def moved_by(shift):
+        return lambda x, t: shift + torch.sin(x) * as_sigma(forcing.frame_t(t, len(x), x.shape[2]), x).float()
+
+    same, _ = forcing.kept_loss(moved_by(was), moved_by(was), x0, noise)
+    assert same.item() == 0
+    loss, _ = forcing.kept_loss(moved_by(offset), moved_by(was), x0, noise)
+    assert loss.item() == pytest.approx(0.2**2, rel=1e-5)
+    loss.backward()
+    assert offset.grad.item() == pytest.approx(2 * 0.2, rel=1e-5) and was.grad is None
+
+
 @pytest.mark.parametrize("loss", [forcing.teacher_forcing, forcing.diffusion_forcing])
 def test_known_frames_carry_no_loss(loss):
     x0 = clips()

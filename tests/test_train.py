@@ -516,6 +516,23 @@ def test_the_critic_meets_every_clip_of_an_accumulated_update():
         assert torch.equal(condition, made[at % 2][0].condition)
 
 
+def test_a_student_that_moved_is_held_back_to_what_it_was():
+    before, dit = random_dit().requires_grad_(False), random_dit()
+    with torch.no_grad():
+        for weight in dit.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=rng(3)))
+    frozen = [weight.clone() for weight in before.parameters()]
+    state = TrainState.of({"student": dit}, {"student": 3e-3})
+    step = train.keeping_step(dit, before, endless(), STREAM, shift=SHIFT, context_noise=0.2, weight=2.0)
+    rows = run(step, state, 60)
+    losses = [row["kept_loss"] for row in rows]
+    assert losses[0] > 0 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert all(torch.equal(old, new) for old, new in zip(frozen, before.parameters(), strict=True))
+    twin = TrainState.of({"student": random_dit()}, {"student": 3e-3})
+    row = train.keeping_step(twin.models["student"], before, endless(), STREAM, shift=SHIFT)(twin)
+    assert row["kept_loss"] == 0 and row["kept_grad"] == 0
+
+
 def test_noisy_history_is_another_source_of_clips():
     student = random_dit(0)
     clips = train.NoisyHistory(student, STREAM, few_steps((1, 0.5), SHIFT))

@@ -210,6 +210,22 @@ def forced_loss(velocity: Velocity, x0_BCFHW: Tensor, noise: ForcedNoise) -> tup
     return velocity_loss(given_clean(velocity, clean, t_clean), x0_BCFHW, eps, sigma, weight)
 
 
+def kept_loss(velocity: Velocity, before: Velocity, x0_BCFHW: Tensor, noise: ForcedNoise) -> tuple[Tensor, Info]:
+    """How far a network has moved from what it was `before`, where teacher forcing would teach it: both read the same
+    [clean | noisy]. The data's own velocity would pull a few-step student back to the mean of all futures, which is a
+    blur; its former self does not.
+
+    L = E Σ_b w || v(x^b_{sigma_b}, 1000·sigma_b | x0^{<b}) - v_before(the same) ||² (Li and Hoiem 2016, Learning
+    without Forgetting, for velocities).
+    """
+    eps, sigma, weight, clean, t_clean = noise
+    noisy, t = flow.add_noise(x0_BCFHW, eps, sigma), 1000 * sigma
+    with torch.no_grad():
+        target = given_clean(before, clean, t_clean)(noisy, t).float()
+    error = (given_clean(velocity, clean, t_clean)(noisy, t).float() - target).square()
+    return frame_mean(error, weight), {}
+
+
 def chunk_sigma(
     x0_BCFHW: Tensor, lengths: Sequence[int], shift: float, generator: torch.Generator, known: int
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
     halts = halts_of(vae, latents, clips)
     batches = halts.batches(8, generator, 29, settings)
-    step = together(forcing_step(…), still_step(student, batches, settings, steps, make_cache))
+    step = together(keeping_step(…), still_step(student, batches, settings, steps, make_cache))
 
 A student's own errors come back to it through the cache. Where something moves they are walked out of sight; where one
 stands they add up for as long as one stands, and no clip that the teacher was trained on stands longer than a second or

@@ -861,6 +861,45 @@ def forcing_step(
     return step
 
 
+def keeping_step(
+    dit,
+    before,
+    batches: Iterator[Batch],
+    settings: StreamSettings,
+    *,
+    shift: float,
+    context_noise: float = 0.0,
+    weight: float = 1.0,
+    clip: float = 1.0,
+    accumulate: int = 1,
+    precision: Precision = fp32,
+    checkpoint: bool = False,
+) -> Step:
+    """Beside a step that teaches something new: holds the student to what it was `before`, a frozen network of its
+    kind, on real walks (`forcing.kept_loss` times `weight`; role "student", row "kept_loss")."""
+    options = dict(clip=clip, accumulate=accumulate, precision=precision)
+
+    def step(state: TrainState) -> dict:
+        def loss():
+            batch = next(batches)
+            noise = forcing.forced_noise(
+                batch.latents,
+                settings.chunk_lengths(batch.latents.shape[2]),
+                shift=shift,
+                generator=state.generator,
+                known=known_frames(settings),
+                context_noise=context_noise,
+            )
+            velocity, old = (bind_forced(net, batch, settings, checkpoint=checkpoint) for net in (dit, before))
+            value, info = forcing.kept_loss(velocity, old, batch.latents, noise)
+            return weight * value, info
+
+        row = descend(state, "student", loss, **options)
+        return {name.replace("student", "kept"): value for name, value in row.items()}
+
+    return step
+
+
 def diffusion_forcing_step(
     dit,
     batches: Iterator[Batch],
