@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lingbot_nb.cli import main
+from lingbot_nb.model.fused import ALONE
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import LINGBOT, MICRO
 from lingbot_nb.report import architecture, bench_stream
 from lingbot_nb.report.bench_stream import Clock, Loop, Rate, Screen
-from lingbot_nb.stream.engine import Plain, Speed
+from lingbot_nb.runs import PROJECT
+from lingbot_nb.stream.engine import Plain, Speed, fast
 from lingbot_nb.stream.engine_decoder import PlainPictures
 
 CPU = torch.device("cpu")
@@ -130,6 +132,33 @@ def test_fp8_rows_are_named_and_their_error_is_told(small_decoder):
     assert [row["name"] for row in found["rows"]] == ["engine fp8"]
     assert 1e-3 < max(found["check"]["engine"]) < 0.15 and any("x0 differs" in line for line in said)
     assert len(found["layers"]) == PRESET.model.layers and 0.01 < min(found["layers"]) < max(found["layers"]) < 0.15
+
+
+def test_the_error_of_layers_is_that_of_the_engines_own_pieces():
+    """Both kinds of 8-bit numbers count, and so does a kernel that is wrong."""
+    dit, said = bench_stream.random_dit(PRESET.model, CPU, torch.float32), []
+    for name, values in dit.named_parameters():
+        if "self_attn.v." in name or "self_attn.o." in name or "modulation" in name:
+            torch.nn.init.normal_(values, std=0.3)  # so that attention is a large part of what a layer adds
+
+    def errors(**options):
+        speed = Speed(**dict(compile=False, graph=False) | options)
+        return bench_stream.layer_errors(dit, fast(dit, speed), bench_stream.Order(PRESET, speed=speed), said.append)
+
+    exact, attention, both = errors(), errors(fp8_attention=True), errors(fp8=True, fp8_attention=True)
+    assert max(exact) < 1e-5 and max(errors(compile=True)) < 1e-5
+    assert 1e-3 < min(attention) and max(attention) < max(both) < 0.2 and len(said) == 4
+    net = fast(dit, Speed(compile=False), share=ALONE.using(kernel=lambda raw, table, to, slots: None))
+    assert min(bench_stream.layer_errors(dit, net, bench_stream.Order(PRESET), said.append)) > 0.01
+
+
+def test_the_shipped_ladder_has_all_rungs_next_to_a_floor_of_their_own():
+    found = json.loads((PROJECT / "data/speed/lingbot-480p-1xH200.json").read_text())
+    rows = [row for row in found["rows"] if row["steps"] == 4]
+    names = [f"+ {name}" for name, _ in bench_stream.rungs(Speed(fp8=True, fp8_attention=True), torch.device("cuda"))]
+    assert [row["name"] for row in rows] == ["plain", *names] and all(row["floor"] > 0 for row in rows)
+    table = bench_stream.table(sorted((PROJECT / "data/speed").glob("*.json")))
+    assert table.count("1 x NVIDIA H200") == 8 and "check" not in table
 
 
 def test_a_ladder_adds_one_option_at_a_time_and_ends_at_what_was_asked_for(small_decoder):

@@ -360,6 +360,13 @@ class FusedDiT:
         _, handed = self._before_last(moment, text, [chunk])
         self.share.arrive(handed[0], len(self.layers) - 1, chunk.sight)
 
+    @torch.no_grad()
+    def one_layer(self, index: int, x: Tensor, moment: Moment, text: Text, films: Sequence[Film] | None, sight: Sight):
+        """What layer `index` makes of a residual stream [1, L, D], by the pieces and kernels that a stream runs on."""
+        layer, chunk = self.layers[index], [Given(x, x, films, sight)]
+        handed = self._enter(self.share, layer, x, *self._start(index, moment, chunk))
+        return self._leave(self.share, layer, x, *self._given(index, handed, moment, text, chunk))
+
     def _before_last(self, moment: Moment, text: Text, chunks: Sequence[Given]) -> tuple[Tensor, tuple]:
         """All layers but the last: the residual stream, and what the last one hands over to its attention."""
         x = _joint([self._tokens(chunk) for chunk in chunks])

@@ -32,14 +32,13 @@ from lingbot_nb.model.attention import backend
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import E4M3, product_for, scaled_product
 from lingbot_nb.model.fused import USUAL, Format, FusedDiT, as_it_is
-from lingbot_nb.model.rope import rope_table
+from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.taehv import TAEHV
 from lingbot_nb.model.vae import TinyVAE
 from lingbot_nb.presets import (
     FPS,
     LATENT_CHANNELS,
     MASK_CHANNELS,
-    PATCH,
     SPACE_STRIDE,
     TIME_STRIDE,
     ModelSize,
@@ -611,21 +610,29 @@ def kernel_times(loop: Loop, say: Say, most: int = 25) -> list[tuple[str, int, f
 
 @torch.no_grad()
 def layer_errors(dit: DiT, net: FusedDiT, order: Order, say: Say) -> list[float]:
-    """Relative error of what each layer of the engine's network adds to a random residual stream, without a past."""
+    """Relative error of what each layer of the engine adds to a random residual stream in a stream's second chunk, by
+    the engine's own pieces and kernels, each path on its own cache."""
     preset, device = order.preset, net.device
     make = torch.Generator(device=device).manual_seed(2)
     words, (noise, _, control, _) = next(_inputs(preset, 1, 1, make))
-    frames, height, width = noise.shape[2:]
-    grid = frames, height // PATCH[1], width // PATCH[2]
-    x = torch.randn(1, grid[0] * grid[1] * grid[2], preset.model.dim, generator=make, device=device)
-    time, text = dit.time(torch.tensor(500.0, device=device)), dit.text(words)
-    rope = rope_table(range(frames), grid[1:], preset.model.head_dim, device)
-    camera = None if control is None else dit.camera_tokens(control)
-    errors = []
-    for index, layers in enumerate(zip(dit.blocks, net.layers, strict=True)):
-        given = (x, time.layers, rope, text.layers[index])
-        plain, other = (layer(*given, camera if camera is None else layer.film(camera), None) - x for layer in layers)
-        errors.append(((other - plain).norm() / plain.norm()).item())
+    frames, dtype = noise.shape[2], net.share.format.dtype or net.dtype
+    size = 1, frames * preset.shape.tokens_per_frame, preset.model.dim
+    time, moment = dit.time(torch.tensor(500.0, device=device)), net.moment(500.0)
+    text, own_text = dit.text(words), net.text(words)
+    camera, films = (None, None) if control is None else (dit.camera_tokens(control), net.film(control))
+    past = KVCache(dit.size, preset.stream, preset.shape, device=device, dtype=net.dtype)
+    own_past = KVCache(net.share.size(net.size), preset.stream, preset.shape, device=device, dtype=dtype)
+    for _ in range(2):
+        errors = []
+        past.begin(frames)
+        net.move_sinks(own_past.begin(frames, move_sink=False).sight)
+        for index, layer in enumerate(dit.blocks):
+            x = torch.randn(size, generator=make, device=device)
+            plain = layer(x, time.layers, None, text.layers[index], camera, None, (past, index)) - x
+            other = net.one_layer(index, net.share.part(x), moment, own_text, films, own_past.sight)
+            errors.append(((net.share.whole(other) - x - plain).norm() / plain.norm()).item())
+        past.commit()
+        own_past.commit()
     say(f"what a layer adds differs by {np.median(errors):.2e} of its size, most {max(errors):.2e} "
         f"in layer {int(np.argmax(errors))}")  # fmt: skip
     return errors
