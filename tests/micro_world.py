@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, MICRO, SPACE_STRIDE
+from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, MICRO, SPACE_STRIDE, ModelSize
 from lingbot_nb.world.latents import Batch
 
 SIZE = replace(MICRO.model, dim=32, ffn_dim=48, control_channels=1)
@@ -17,10 +17,10 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_dit(seed: int = 0) -> DiT:
+def random_dit(seed: int = 0, size: ModelSize = SIZE) -> DiT:
     """A DiT whose head is not zero, so that every parameter matters from the start."""
     torch.manual_seed(seed)
-    dit = DiT(SIZE)
+    dit = DiT(size)
     torch.nn.init.normal_(dit.head.head.weight, std=0.05)
     return dit
 
