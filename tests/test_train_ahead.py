@@ -44,6 +44,16 @@ def test_stopping_between_rows_saves_the_step_the_state_is_at(tmp_path):
     assert_same(rest, whole)
 
 
+def without_the_seventh(inner):
+    def step(state):
+        if state.step != 6:
+            return inner(state)
+        torch.randn(8, 2, generator=state.generator)
+        return {}
+
+    return step
+
+
 def test_a_nan_found_late_has_moved_nothing_and_is_never_saved(tmp_path):
     state, clean, rows = line_state(), line_state(), []
     with pytest.raises(Diverged, match=r"step 7: student_loss is nan.*step-00000004.pt"):
@@ -52,18 +62,29 @@ def test_a_nan_found_late_has_moved_nothing_and_is_never_saved(tmp_path):
     assert rows == [1, 2, 3, 4, 5, 6] and state.step == 8
     assert train.checkpoints(tmp_path)[-1].name == "step-00000004.pt"
 
-    def without_the_seventh(inner):
-        def step(state):
-            if state.step != 6:
-                return inner(state)
-            torch.randn(8, 2, generator=state.generator)
-            return {}
-
-        return step
-
     run(without_the_seventh(line_step()), clean, 8)
     assert all(tensor.isfinite().all() for tensor in weights(state))
     assert torch.equal(clean.models["student"].weight, state.models["student"].weight)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_bad_batch_now_and_then_is_passed_over(tmp_path, log_every):
+    state, clean = line_state(), line_state()
+    rows = run(line_step(nan_at=6), state, 9, log_every=log_every, checkpoint=tmp_path, every=3, skips=1)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row.get("skipped") for row in rows] == 6 * [None] + [1] + 2 * [None]
+    assert set(rows[6]) == {"step", "lr", "skipped"}
+    run(without_the_seventh(line_step()), clean, 9)
+    assert torch.equal(clean.models["student"].weight, state.models["student"].weight)
+    assert train.checkpoints(tmp_path)[-1].name == "step-00000009.pt"
+
+
+def test_ruined_weights_are_not_passed_over_for_long():
+    def step(state):
+        return {"my_loss": torch.tensor(torch.nan if state.step >= 6 else 1.0)}
+
+    with pytest.raises(Diverged, match="step 9: my_loss is nan"):
+        run(step, line_state(), 20, log_every=4, skips=2)
 
 
 def test_closing_the_loop_before_the_bad_row_saves_nothing_after_it(tmp_path):

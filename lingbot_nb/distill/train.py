@@ -345,6 +345,7 @@ def fit(
     schedule: Schedule = constant,
     metrics: Path | str | None = None,
     log_every: int = 1,
+    skips: int = 0,
     store: Store = FILES,
 ) -> Iterator[dict[str, float]]:
     """Trains until `steps` steps or `seconds` seconds (of training, over all restarts) have passed, whichever is first.
@@ -359,6 +360,7 @@ def fit(
     `parallel.SharedGenerator`. `store` is how checkpoints are kept.
 
     Raises Diverged (nothing is saved after it) where a step met nan or inf, or returned a "…loss" or "…grad" that is.
+    The first `skips` such steps are passed over instead, which moves no weight (`descend`): their rows say "skipped".
     """
     _check_fit(state, steps, seconds, checkpoint, log_every)
     saved = resume(state, checkpoint, store)
@@ -371,7 +373,7 @@ def fit(
             factor = schedule(_progress(state, steps, seconds))
             _set_rates(state, rates, factor)
             with clock:
-                row = _attempted(step, state, checkpoint, store)
+                row = _attempted(step, state, skips, checkpoint, store)
             state.step += 1
             clock.tick(state)
             waiting.append({"step": state.step, "seconds": state.seconds, "lr": factor, **row})
@@ -379,7 +381,8 @@ def fit(
             if len(waiting) < log_every and not due and not _finished(state, steps, seconds):
                 continue
             with clock:
-                rows, wrong = _settled(waiting)
+                rows, wrong = _settled(waiting, skips)
+            skips -= sum("skipped" in row for row in rows)
             waiting.clear()
             for row in rows:
                 log.add(row)
@@ -479,23 +482,39 @@ class _Clock:
         state.seconds = max(state.seconds, now)
 
 
-def _attempted(step: Step, state: TrainState, checkpoint: Path | str | None, store: Store) -> dict[str, float | Tensor]:
+def _attempted(
+    step: Step, state: TrainState, skips: int, checkpoint: Path | str | None, store: Store
+) -> dict[str, float | Tensor]:
     try:
         return step(state)
     except Diverged as error:
+        if skips:
+            return {"loss": math.nan}
         raise _diverged(state.step + 1, str(error), checkpoint, store) from error
 
 
-def _settled(waiting: list[dict[str, float | Tensor]]) -> tuple[list[dict[str, float]], tuple[int, str] | None]:
-    """The rows as numbers, and (step, what is wrong) of the first that is not finite; that row and later ones are
-    left out."""
-    rows = _numbers(waiting)
-    for at, row in enumerate(rows):
+def _settled(
+    waiting: list[dict[str, float | Tensor]], skips: int
+) -> tuple[list[dict[str, float]], tuple[int, str] | None]:
+    """The rows as numbers, the first `skips` that are not finite as skipped; and (step, what is wrong) of the first
+    after these that is not: that row and later ones are left out."""
+    rows = []
+    for row in _numbers(waiting):
         # `descend` looks before it leaps, or leaps nowhere; a step written elsewhere may not.
-        for name, value in row.items():
-            if name.endswith(("loss", "_grad")) and not math.isfinite(value):
-                return rows[:at], (row["step"], f"{name} is {value}")
+        if not (fault := _fault(row)):
+            rows.append(row)
+        elif skips:
+            skips -= 1
+            rows.append({name: row[name] for name in ("step", "seconds", "lr")} | {"skipped": 1})
+        else:
+            return rows, (row["step"], fault)
     return rows, None
+
+
+def _fault(row: dict[str, float]) -> str:
+    """'' or which loss or gradient of a row is not finite."""
+    wrong = (n for n, value in row.items() if n.endswith(("loss", "_grad")) and not math.isfinite(value))
+    return next((f"{name} is {row[name]}" for name in wrong), "")
 
 
 def _numbers(rows: list[dict[str, float | Tensor]]) -> list[dict[str, float]]:
