@@ -15,14 +15,17 @@ from pathlib import Path
 
 from lingbot_nb import runs
 
+AGAIN_S = 10
+"""Whole seconds after which a stop that was not heeded is repeated; shutting a kernel down takes five at most."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one command and return its exit code; a mistake is one sentence on stderr."""
     options = _parser().parse_args(arguments)
     # A polite kill leaves a run in the same order as Ctrl-C, and Ctrl-C also works for a command that a script started
     # in the background, where Python would ignore it.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, signal.default_int_handler)
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(stop, _interrupt)
     try:
         return options.command(options)
     except (ValueError, FileNotFoundError, RuntimeError, OSError, ImportError) as error:
@@ -31,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.alarm(0)
+
+
+def _interrupt(*_: object) -> None:
+    """KeyboardInterrupt, and again some seconds later unless the command has ended by then: Python drops what a signal
+    raises inside a finaliser or a C library's callback, and the kernel's shutdown may hang."""
+    signal.alarm(AGAIN_S)
+    raise KeyboardInterrupt
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         failed = _report_outcomes(execution.execute(order), width)
     except KeyboardInterrupt:
+        signal.alarm(0)
         _write_page(order.folder)
         print(f"\nstopped; continue with: {_again(options, order.name)}", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -434,6 +435,28 @@ def test_ctrl_c_leaves_a_run_that_continues(source, root, tmp_path):
     assert re.search(r"01_second +\d+\.\d min  OK\n", done.stdout)
     assert "student  4      –               20.0" in done.stdout
     assert str(root / "r") in done.stdout and (root / "r" / "index.html").exists()
+
+
+def test_a_stop_that_something_swallowed_is_repeated(monkeypatch, capsys):
+    swallowed = []
+
+    def deaf(options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            swallowed.append(True)
+        threading.Event().wait(30)
+
+    monkeypatch.setattr(cli, "AGAIN_S", 1)
+    monkeypatch.setattr(cli, "list_runs", deaf)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    try:
+        assert cli.main(["list"]) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert swallowed and capsys.readouterr().err == "stopped\n"
+    assert signal.alarm(0) == 0  # nothing is left that could go off later
 
 
 # ------------------------------------------------------------------------------------------------------------- pages
