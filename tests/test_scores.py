@@ -208,6 +208,15 @@ def test_a_finished_exam_is_not_made_again(exam, examined):
         scores.examine(exam, QUICK, file=file, about={"clips": 4})
 
 
+def test_another_machine_goes_on_and_is_told_of(exam, tmp_path):
+    one = {"stand": QUICK["stand"]}
+    for machine, parts in (("a GPU", one), ("a CPU", one | {"speed": QUICK["speed"]})):
+        found = scores.examine(exam, parts, file=tmp_path / "scores.json", about={"clips": 3, "conditions": machine})
+    assert score_view.conditions(found).splitlines() == [
+        "stand: 3 held-out walks · a GPU", "speed: 3 held-out walks · a CPU"
+    ]  # fmt: skip
+
+
 def test_table_and_figure_show_what_was_found(examined, tmp_path):
     found, _ = examined
     lines = score_view.table(found).splitlines()

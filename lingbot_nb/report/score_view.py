@@ -111,6 +111,15 @@ def cell(found, row: Row) -> str:
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
 
+def conditions(found: Mapping) -> str:
+    """One line a machine: which trials it held, on how many walks."""
+    held: dict[str, list[str]] = {}
+    for part, machine in found["where"].items():
+        held.setdefault(machine, []).append(part)
+    walks = f"{found['about']['clips']} held-out walks"
+    return "\n".join(f"{', '.join(parts)}: {walks} · {machine}" for machine, parts in held.items())
+
+
 @figures.styled
 def figure(found: Mapping) -> Figure:
     """Up to six panels of a file of scores, one for each of these that was measured: two distances to the truth over

@@ -106,10 +106,11 @@ def examine(
 ) -> dict:
     """All trials' scores: {"about": …, "parts": {name: {label: …}}}; those already in `file` are not made again.
 
-    The file is replaced after every trial, and the filmstrips of the best, median and worst are drawn beside it. Raises
-    ValueError when the file holds scores of something else.
+    "where" and "seconds" tell of each trial the machine that held it and how long it took: another machine may go on
+    with a file. It is replaced after every trial, and the filmstrips of the best, median and worst are drawn beside it.
+    Raises ValueError when the file holds scores of something else.
     """
-    found = started(file, dict(about or {}))
+    found, here = started(file, dict(about or {})), (about or {}).get("conditions", "")
     for name, part in parts.items():
         if name in found["parts"]:
             exam.say(f"{name}: in {file} already")
@@ -119,6 +120,7 @@ def examine(
         outcome = part(exam)
         found["parts"][name] = rounded(outcome.scores)
         found.setdefault("seconds", {})[name] = round(time.perf_counter() - began, 1)
+        found.setdefault("where", {})[name] = here
         if file is not None:
             draw_strips(file, name, outcome)
             write_json(file, found)
@@ -226,7 +228,7 @@ def main() -> None:
     if args.films:
         export_films(args.films, {"simulator": np.stack([c.frames for c in clips])} | dict(followers(exam, clips)))
     print(score_view.table(found))
-    print(found["about"]["conditions"])
+    print(score_view.conditions(found))
 
 
 if __name__ == "__main__":
