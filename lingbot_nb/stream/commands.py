@@ -20,8 +20,8 @@ from lingbot_nb.runs import Run
 from lingbot_nb.stream import endless, lab, latency, lingbot
 from lingbot_nb.stream.engine import Speed
 from lingbot_nb.stream.engine_parallel import HeadShare
-from lingbot_nb.stream.movie import write_movie
 from lingbot_nb.stream.playback import play_script
+from lingbot_nb.stream.player import record
 from lingbot_nb.stream.remote import RemoteSession
 from lingbot_nb.stream.session import Session, fit_image
 
@@ -30,8 +30,8 @@ SHIPPED = "live-play"
 
 
 def play(options: argparse.Namespace) -> int:
-    """Play a key string and write what was seen as mp4."""
-    parse_keys(options.keys)
+    """Play a key string; write what was seen as mp4, and its keys beside it."""
+    keys = parse_keys(options.keys)
     chosen = dict(steps=options.steps, seed=options.seed)
     if options.weights is None:
         run = open_run(options.run)
@@ -39,8 +39,8 @@ def play(options: argparse.Namespace) -> int:
         session = parts.session(run, options.student, start_image=image, **chosen)
     else:
         session = _release(options, **chosen)
-    frames = play_script(session, options.keys)
-    path = write_movie(options.out, frames, session.fps, scale=max(1, round(480 / session.shape.width)))
+    frames = play_script(session, keys)
+    path = record(session, frames, keys, options.out)
     print(f"{path}: {len(frames)} pixel frames, {len(frames) / session.fps:.1f} s, {session.about}")
     return 0
 

@@ -25,7 +25,7 @@ from lingbot_nb.stream.playback import Credit, HeldKeys, Playback, play_script
 if TYPE_CHECKING:  # they need torch, which a player of another session can do without
     from lingbot_nb.stream.follow import Follower, Newest, Student
 
-__all__ = ["Player", "Recorder", "letter_of", "play", "play_script", "stop"]
+__all__ = ["Player", "Recorder", "letter_of", "play", "play_script", "record", "recorder_of", "stop"]
 
 ARROWS = {"ArrowUp": "i", "ArrowDown": "k", "ArrowLeft": "j", "ArrowRight": "l"}
 LEVEL = {"i": "w", "k": "s"}
@@ -124,10 +124,11 @@ def letter_of(event: dict, known: str = KEYS) -> str | None:
 
 
 class Recorder:
-    """An mp4 of what was shown, and beside it a json with the keys and all that is needed to play them again."""
+    """An mp4 of what was shown, and beside it a json with the keys and all that is needed to play them again, or to
+    judge them (`report.recordings`)."""
 
     def __init__(self, path: Path, fps: float, *, scale: int = 1, **facts):
-        self.path, self._facts, self._fps = path, facts, fps
+        self.path, self._facts = path, dict(fps=fps, scale=scale) | facts
         self._movie = Movie(path, fps, scale=scale)
         self._keys: list[np.ndarray] = []
 
@@ -143,11 +144,32 @@ class Recorder:
     def close(self) -> Path:
         """Finish both files and return the movie's path."""
         path = self._movie.close()
-        card = {"fps": self._fps, "pixel_frames": self.pixel_frames, "keys": format_keys(np.stack(self._keys))}
+        card = {"pixel_frames": self.pixel_frames, "keys": format_keys(np.stack(self._keys))}
         temporary = path.with_suffix(".json.part")
         temporary.write_text(json.dumps({**card, **self._facts}, indent=2, ensure_ascii=False))
         os.replace(temporary, path.with_suffix(".json"))
         return path
+
+
+def recorder_of(session, path: Path, *, fps: float, first_pixel_frame: int = 0) -> Recorder:
+    """A recorder of a session's play; pixel frame 0 is its start image."""
+    facts = dict(prompt=session.prompt, seed=session.seed, steps=session.steps, about=getattr(session, "about", ""))
+    if hasattr(session, "preset"):
+        from lingbot_nb.stream.session import lens
+
+        intrinsics, turn = lens(session.preset)
+        facts |= dict(focal=float(intrinsics[0]), turn=turn)
+    scale = max(1, round(480 / session.shape.width))
+    return Recorder(path, fps, scale=scale, first_pixel_frame=first_pixel_frame, **facts)
+
+
+def record(session, frames: np.ndarray, keys: np.ndarray, path: Path) -> Path:
+    """Keep what `play_script` made of `keys` [n, 8] from the start image on, as a player's Record button would."""
+    rest = len(frames) - 1 - len(keys)  # the last chunk was filled up with no key
+    recorder = recorder_of(session, path, fps=session.fps)
+    for frame, row in zip(frames, np.pad(keys, ((1, rest), (0, 0))), strict=True):
+        recorder.append(frame, row)
+    return recorder.close()
 
 
 class Player:
@@ -349,12 +371,10 @@ class Player:
             self._end_recording()
             return
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        facts = dict(prompt=self.session.prompt, seed=self.session.seed, steps=self.session.steps,
-                     first_pixel_frame=self._shown, about=self.about)  # fmt: skip
-        scale = max(1, round(480 / self.session.shape.width))
+        path = self.folder / f"play_{name}.mp4"
         try:
             with self._recording:
-                self._recorder = Recorder(self.folder / f"play_{name}.mp4", self.fps, scale=scale, **facts)
+                self._recorder = recorder_of(self.session, path, fps=self.fps, first_pixel_frame=self._shown)
             self.say("Recording …")
         except (RuntimeError, OSError) as error:
             self.say(str(error), bad=True)

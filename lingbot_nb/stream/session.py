@@ -833,17 +833,23 @@ def replay(session: Session, recording: Recording) -> Iterator[np.ndarray]:
         at += len(rows)
 
 
+def lens(preset: Preset) -> tuple[np.ndarray, float]:
+    """Intrinsics [4] at the preset's picture size, and the degrees that j or l turns in a pixel frame."""
+    shape = preset.shape
+    if preset.model.control_channels == TINY:
+        return camera.scale_intrinsics(TINY_INTRINSICS, shape.height, shape.width, source=TINY_SIZE), camera.TINY_TURN
+    return camera.scale_intrinsics(LINGBOT_INTRINSICS, shape.height, shape.width), camera.TURN
+
+
 def live_path(preset: Preset, device=None) -> camera.LivePath:
     """The path of keys to camera control that the preset's model was trained with."""
-    shape = preset.shape
-    channels = preset.model.control_channels
+    intrinsics, turn = lens(preset)
+    channels, walk = preset.model.control_channels, dict(turn_degrees=turn, device=device)
     if channels == TINY:
-        intrinsics = camera.scale_intrinsics(TINY_INTRINSICS, shape.height, shape.width, source=TINY_SIZE)
-        return camera.LivePath.tiny(intrinsics, shape, device=device)
-    intrinsics = camera.scale_intrinsics(LINGBOT_INTRINSICS, shape.height, shape.width)
+        return camera.LivePath.tiny(intrinsics, preset.shape, **walk)
     if channels == ACT:
-        return camera.LivePath.act(intrinsics, shape, device=device)
-    return camera.LivePath.cam(intrinsics, shape, preset.world_scale, device=device)
+        return camera.LivePath.act(intrinsics, preset.shape, **walk)
+    return camera.LivePath.cam(intrinsics, preset.shape, preset.world_scale, **walk)
 
 
 def fit_image(image: np.ndarray | str | Path, shape: VideoShape) -> np.ndarray:
