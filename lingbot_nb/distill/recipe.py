@@ -96,7 +96,8 @@ class Bench:
             collect_walks(data, collect, recipe.map)
         if self.ranks > 1:
             torch.distributed.barrier()
-        self.recipe, self.preset, self.out, self.seed, self.command = recipe, recipe.preset, Path(out), seed, command
+        self.recipe, self.preset, self.seed, self.command = recipe, recipe.preset, seed, command
+        self.data, self.out = Path(data), Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.text = TinyText(self.preset.model.text_dim, self.preset.model.text_len)
         began = time.monotonic()
