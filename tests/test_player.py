@@ -666,3 +666,24 @@ def test_a_recording_holds_frames_and_keys(one_player, tmp_path):
     assert all(np.array_equal(held(read_keys(frame)), row) for frame, row in zip(small, keys, strict=True))
     assert card["prompt"] == "a painted corridor" and card["seed"] == 0
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_recording_that_fails_is_told_and_play_goes_on(one_player, tmp_path):
+    """As on a full disk: the thread that writes the movie is the one that shows the pictures."""
+    pytest.importorskip("av")
+    player = play(FakeSession(), folder=tmp_path, fps=200).player
+    player.panel.record.click()
+
+    def full(frame, keys_8):
+        raise OSError(28, "No space left on device")
+
+    player._recorder.append = full
+    shown = player._shown
+    for _ in range(300):
+        player.playback.acknowledge(player.playback.credit.sent)
+        if player._shown > shown + 12:
+            break
+        threading.Event().wait(0.01)
+    assert player._shown > shown + 12 and player.playback.read_out().state == "playing"
+    assert "No space left" in player.panel.message.value and player.panel.record.description == "Record"
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ class Movie:
 
     def discard(self) -> None:
         """Drop what was written; the name stays as it was."""
-        self._container.close()
+        with suppress(OSError):  # on a full disk the end cannot be written either
+            self._container.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> "Movie":

@@ -141,6 +141,10 @@ class Recorder:
     def pixel_frames(self) -> int:
         return len(self._keys)
 
+    def discard(self) -> None:
+        """Drop what was written."""
+        self._movie.discard()
+
     def close(self) -> Path:
         """Finish both files and return the movie's path."""
         path = self._movie.close()
@@ -395,15 +399,26 @@ class Player:
                 self.say(str(error), bad=True)
         self.panel.show_recording(False)
 
+    def _keep(self, frame: np.ndarray, keys_8: np.ndarray) -> None:
+        """Add a picture to a running recording. One that cannot be written on is dropped, and play goes on."""
+        with self._recording:
+            try:
+                if self._recorder:
+                    self._recorder.append(frame, keys_8)
+                return
+            except Exception as error:  # a full disk must not end the thread that shows the pictures
+                self._recorder.discard()
+                self._recorder = None
+                self.say(f"The recording is lost: {error}", bad=True)
+        self.panel.show_recording(False)
+
     # -- what is shown --------------------------------------------------------------------------------------------
 
     def _show(self, number: int, frame: np.ndarray) -> None:
         self.panel.picture.show(look.jpeg(frame), number if self.playback.asks(number) else None)
 
     def _note(self, frame: np.ndarray, keys_8: np.ndarray) -> None:
-        with self._recording:
-            if self._recorder:
-                self._recorder.append(frame, keys_8)
+        self._keep(frame, keys_8)
         if self._shown % round(self.fps) == 0:
             names = "".join(name for name, down in zip(KEYS, keys_8, strict=True) if down)
             self._stills.append(look.Still(look.thumbnail(frame, 120), self._shown / self.fps, names))
