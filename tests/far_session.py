@@ -1,6 +1,7 @@
 """Sessions for other processes to build: a painted one, and a micro one with seeded random weights."""
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,25 @@ class Refusing(FakeSession):
 
 def refusing(rank: int, world: int) -> Refusing:
     session = Refusing()
+    session.rank = rank
+    return session
+
+
+class Waiting(FakeSession):
+    """Its first rank fails at the key k, and the others wait for it as in a collective."""
+
+    rank = 0
+
+    def generate(self, keys):
+        if "k" in keys and self.rank == 0:
+            raise RuntimeError("cuda:0 is full")
+        if "k" in keys:
+            time.sleep(60)
+        return super().generate(keys)
+
+
+def waiting(rank: int, world: int) -> Waiting:
+    session = Waiting()
     session.rank = rank
     return session
 

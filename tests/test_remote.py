@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_session import read_keys, read_number
-from far_session import broken, in_folder, micro, painted, refusing, shared
+from far_session import broken, in_folder, micro, painted, refusing, shared, waiting
 
 from lingbot_nb.stream.playback import Playback, play_script
 from lingbot_nb.stream.remote import Lost, RemoteSession
@@ -152,6 +152,25 @@ def test_a_hung_rank_is_ended_and_settings_come_back(far):
     assert session.alive and read_keys(session.step("w")[0]) == "w"
 
 
+def test_a_rank_that_failed_is_named_when_its_peers_wait_for_it_in_vain(far):
+    session = far(waiting, seconds=20)
+    session.step("w")
+    session._seconds = 0.5
+    with pytest.raises(Lost, match="rank 1 of 2 has not answered for 0.5 s, rank 0 had failed: cuda:0 is full"):
+        session.step("k")
+
+
+def test_a_full_gpu_may_shorten_the_window_of_one_process_only(far):
+    session = far(micro, 1)
+    assert not session.shrinks
+    session.shrinks = True
+    assert session.ask("shrinks") == [True]
+    session.restart()
+    assert session.ask("shrinks") == [True]
+    with pytest.raises(ValueError, match="set `session.window`"):
+        far(painted).shrinks = True
+
+
 def test_pictures_come_in_the_parts_that_a_session_here_gives(far):
     away, here = far(micro, 1), micro()
     for session in (away, here):
@@ -271,3 +290,34 @@ def test_a_paused_player_tells_of_a_death_and_restarts(far):
         assert playback.read_out().state == "playing"
     finally:
         playback.stop()
+
+
+def test_the_player_shows_a_death_within_two_seconds_and_r_mends_it(far):
+    pytest.importorskip("ipyevents")
+    from lingbot_nb.stream.player import play, stop
+
+    session = far(painted)
+    before = listening(os.getpid())
+    player = play(session, fps=200, script="w-4000").player
+    picture = player.panel.picture
+
+    def wait(so, seconds):
+        end = time.monotonic() + seconds
+        while not so():
+            assert time.monotonic() < end, player.playback.read_out()
+            player.playback.acknowledge(player.playback.credit.sent)  # as the page would
+            time.sleep(0.01)
+
+    try:
+        wait(lambda: player._shown > 12, 10)
+        assert listening(os.getpid()) == before, "a player opened a port"
+        os.kill(pids(session)[1], signal.SIGKILL)
+        wait(lambda: "rank 1 of 2" in player.panel.veil.value, 2)
+        assert "press R" in player.panel.veil.value and "Stopped by an error" in player.panel.header.value
+        player._on_event({"type": "keydown", "key": "r", "code": "KeyR"})
+        seen = picture.number
+        wait(lambda: picture.number > seen + 12 and player.playback.read_out().state == "playing", 20)
+        player.panel.chunk.value = 2
+        wait(lambda: session.chunk == 2 and session.ask("chunk") == [2, 2], 10)
+    finally:
+        stop()

@@ -34,10 +34,10 @@ if TYPE_CHECKING:  # a session of others needs no torch here
 FACTS = (
     "fps", "keys", "about", "shape", "prompt", "steps", "seed", "start_image", "first_frame", "last_frame",
     "next_frames", "pixel_frames", "last_timings", "chunk", "window", "sink", "longest_chunk", "longest_window",
-    "longest_sink", "preset", "device", "dtype", "threads", "shrunk",
+    "longest_sink", "preset", "device", "dtype", "threads", "shrinks", "shrunk",
 )  # fmt: skip
 """What is known of the far session without asking; sent along with every answer where it has changed."""
-KEPT = ("prompt", "steps", "chunk", "window", "sink", "threads")
+KEPT = ("prompt", "steps", "chunk", "window", "sink", "threads", "shrinks")
 """Settings that a restarted session is given again."""
 PICTURES = "-pictures"
 """Ending of the file that holds rank 0's pictures."""
@@ -67,7 +67,7 @@ class RemoteSession:
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
         self._number = 0
         self._finishing = False
-        self._lost = ""
+        self._lost = self._complaint = ""
         self._meeting: tempfile.TemporaryDirectory | None = None
         self._start()
 
@@ -82,6 +82,8 @@ class RemoteSession:
         if name not in FACTS:
             super().__setattr__(name, value)
             return
+        if name == "shrinks" and self._world > 1:  # one would shorten its window, and the others not
+            raise ValueError(f"{self._world} processes share this world: set `session.window`, which all of them hear")
         self._call("set", name, value)
         if name in KEPT:
             self._wishes[name] = value
@@ -255,6 +257,7 @@ class RemoteSession:
         self.check()
         self.finish()
         self._number += 1
+        self._complaint = ""
         data = pickle.dumps((self._number, command))
         self._agree(data)
         try:
@@ -325,7 +328,7 @@ class RemoteSession:
         ends = {self._workers[rank][0].sentinel: rank for rank in ranks}
         ready = wait([*pipes, *ends], seconds)
         if not ready:
-            self._lose(f"rank {min(ranks)} of {self._world} has not answered for {seconds:g} s")
+            self._lose(f"rank {min(ranks)} of {self._world} has not answered for {seconds:g} s{self._complaint}")
         spoken = [rank for pipe, rank in pipes.items() if pipe in ready]
         for end in ready:
             if end in ends and ends[end] not in spoken:
@@ -346,6 +349,8 @@ class RemoteSession:
             return None
         if said not in kinds:
             self._lose(f"rank {rank} of {self._world} answered {said} where {' or '.join(kinds)} was due")
+        if isinstance(answer, Exception):  # its peers may now wait for it in vain: then this is why
+            self._complaint = f", rank {rank} had failed: {answer}"
         return said, self._mailbox.take(answer)
 
     def _lose(self, why: str) -> NoReturn:
