@@ -438,6 +438,18 @@ def test_pictures_are_fitted_and_told(tmp_path):
     assert np.array_equal(fit_image(file, MICRO.shape), picture())
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+def test_a_picture_that_was_cut_off_is_told_by_name(tmp_path, kind):
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole", kind)
+    file = tmp_path / f"half.{kind}"
+    file.write_bytes((tmp_path / "whole").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=f"half.{kind} is not a picture"):
+        fit_image(file, MICRO.shape)
+
+
 def test_bad_input_is_told_and_changes_nothing(make, tmp_path):
     session = make()
     with pytest.raises(ValueError, match="uint8"):
@@ -447,6 +459,9 @@ def test_bad_input_is_told_and_changes_nothing(make, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png is not a picture"):
         session.start_image = tmp_path / "bad.png"
+    for none in (None, ""):
+        with pytest.raises(ValueError, match="no start image"):
+            session.start_image = none
     with pytest.raises(ValueError, match="0 student steps"):
         session.steps = 0
     with pytest.raises(ValueError, match="text states"):
@@ -1015,3 +1030,17 @@ def test_sliders_and_clips_reach_the_session(make, watched):
     panel.scenes[1].click()
     player.wait(lambda: len(session.recording().start) == 9 and session.pixel_frames > 20)
     assert player.player.playback.read_out().message == ""
+
+
+def test_a_prompt_that_is_too_long_is_told_and_the_next_one_plays_on(make, watched):
+    session = make(steps=1)
+    player = watched(session)
+    panel = player.player.panel
+    player.wait(lambda: player.player._shown > 8)
+    panel.prompt.value = "word " * 40
+    player.wait(lambda: "text states" in panel.veil.value and 'role="alert"' in panel.veil.value)
+    stood, prompt = session.pixel_frames, session.prompt
+    panel.prompt.value = "a burning forest"
+    player.wait(lambda: session.pixel_frames > stood + 8)
+    assert prompt != session.prompt == "a burning forest"
+    player.wait(lambda: 'role="alert"' not in panel.veil.value)

@@ -859,6 +859,9 @@ def fit_image(image: np.ndarray | str | Path, shape: VideoShape) -> np.ndarray:
     """
     from PIL import Image
 
+    if image is None or not isinstance(image, np.ndarray) and not str(image):
+        raise ValueError("there is no start image: name a png or jpeg file, or give uint8 [height, width, 3]")
+
     picture = Image.fromarray(_checked_picture(image)) if isinstance(image, np.ndarray) else _open(image)
     size = shape.width, shape.height
     if picture.size == size:
@@ -881,11 +884,13 @@ def _checked_picture(image: np.ndarray) -> np.ndarray:
 
 
 def _open(path: str | Path):
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         return Image.open(path).convert("RGB")
-    except UnidentifiedImageError as error:
+    except (OSError, SyntaxError) as error:  # cut off in the middle it is one or the other, by the kind of picture
+        if getattr(error, "errno", None) is not None:  # missing, a folder, not allowed: it says so, and names the file
+            raise
         raise ValueError(f"{path} is not a picture that can be read: give a png or jpeg") from error
 
 
