@@ -16,13 +16,38 @@ from lingbot_nb.stream.lab import check_browser, choose, chromium, jupyterlab, o
 
 HERE = Path(__file__).parent
 
+EVIL = '<img src=x onerror="window.hacked = 1">'
+
 CELL = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 from fake_session import FakeSession
 from lingbot_nb.stream.player import play
-play(FakeSession(seconds=0.03, log="keys.jsonl"))
+play(FakeSession(seconds=0.03, log="keys.jsonl"), prompts=["a painted corridor", {EVIL!r}])
 """
+PROBE = """() => {
+    const player = document.querySelector('.lb-player');
+    const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const paint = colours => { pen.clearRect(0, 0, 1, 1);
+        for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
+        return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+    const light = rgb => { const [r, g, b] = rgb.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+        return .2126 * r + .7152 * g + .0722 * b; };
+    const contrast = element => { const ground = [];
+        for (let at = element; at; at = at.parentElement) ground.unshift(getComputedStyle(at).backgroundColor);
+        const [a, b] = [ground, [...ground, getComputedStyle(element).color]].map(c => light(paint(c)));
+        return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); };
+    const written = '.lb-title, .lb-about, .lb-state, .lb-label, .lb-label b, .lb-cap:not(.lb-none), .lb-stat b, '
+        + '.lb-stat span, .lb-help span, .lb-help kbd, .lb-strip figcaption span, .lb-side select, .lb-side input, '
+        + '.lb-side textarea, .lb-row > button';
+    const edges = selector => [...player.querySelectorAll(selector)].map(e => e.getBoundingClientRect())
+        .map(box => [Math.round(box.left), Math.round(box.right)]);
+    return { faint: [...player.querySelectorAll(written)].map(e => [e.className || e.tagName, contrast(e)])
+            .filter(([, value]) => value < 4.5),
+        ground: light(paint([getComputedStyle(player).backgroundColor])),
+        stage: edges('.lb-stage, .lb-strip'), side: edges('.lb-side > .lb-group, .lb-side > .lb-pair-row'),
+        wide: player.scrollWidth - player.clientWidth }; }"""
+"""How the player looks: texts that stand out too little, how bright it is, where its columns begin and end."""
 READ = """() => { const image = document.querySelector('.lb-stage img');
     if (!image || !image.naturalWidth) return null;
     const canvas = document.createElement('canvas');
@@ -143,6 +168,20 @@ def test_alt_tab_lets_go(page, over):
     page.keyboard.up("d")
 
 
+def test_another_tab_lets_go(page, place, browser, over):
+    """No event tells of it, and the key is lifted over there: the repeats fall silent."""
+    page.keyboard.down("d")
+    page.keyboard.down("d")  # as a held key repeats
+    wait(page, shows(page, "d"))
+    other = browser.new_page()
+    other.bring_to_front()
+    other.keyboard.up("d")
+    wait(other, lambda: log(place)[-1]["keys"] == "", timeout=3)
+    other.close()
+    page.bring_to_front()
+    page.keyboard.up("d")
+
+
 def test_keys_do_not_reach_jupyterlab(page, over):
     cells = page.locator(".jp-Cell").count()
     for key in "abdxs":
@@ -200,6 +239,49 @@ def test_a_screen_reader_finds_names(page):
                        ("combobox", "Ready-made prompts"), ("textbox", "Play keys")):  # fmt: skip
         assert page.get_by_role(role, name=name, exact=False).count() == 1, name
     assert page.get_by_role("img", name="keys held").count() == 1
+
+
+def test_it_can_be_played_without_a_mouse(page):
+    focused = lambda: page.evaluate("() => document.activeElement.innerText.trim()")  # noqa: E731
+    page.get_by_role("button", name="Pause").focus()
+    page.keyboard.press("Space")
+    wait(page, lambda: page.inner_text(".lb-state") == "Paused")
+    assert focused() == "Play"
+    page.keyboard.press("Enter")
+    wait(page, lambda: page.inner_text(".lb-state") == "Playing")
+    page.keyboard.press("Tab")
+    assert focused() == "Reset"
+    page.get_by_role("textbox", name="Play keys").focus()
+    page.keyboard.type("wl-32")
+    page.keyboard.press("Enter")
+    wait(page, shows(page, "wl"))
+    wait(page, shows(page, ""))
+
+
+def test_what_is_typed_is_shown_and_never_run(page):
+    page.get_by_role("combobox", name="Ready-made prompts").select_option(index=2)
+    prompt = page.get_by_role("textbox", name="Prompt")
+    wait(page, lambda: prompt.input_value() == EVIL)
+    script = page.get_by_role("textbox", name="Play keys")
+    script.fill(EVIL)
+    script.press("Enter")
+    page.wait_for_selector(".lb-bad")
+    assert "<img" in page.inner_text(".lb-bad") and page.query_selector(".lb-message img") is None
+    assert page.evaluate("() => window.hacked") is None
+    script.fill("")
+
+
+@pytest.mark.parametrize("theme", ["Dark", "Light"])
+def test_it_is_readable_and_aligned_in_both_themes(page, theme):
+    page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", f"JupyterLab {theme}"
+    )
+    wait(page, lambda: (page.evaluate(PROBE)["ground"] < 0.5) == (theme == "Dark"))
+    looks = page.evaluate(PROBE)
+    assert not looks["faint"] and looks["wide"] <= 0
+    for column, rows in (("stage", 2), ("side", 5)):
+        edges = looks[column]
+        assert len(edges) >= rows and len({left for left, _ in edges}) == len({right for _, right in edges}) == 1, edges
 
 
 def test_the_chunk_changes_while_playing(page, place):
