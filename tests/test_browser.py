@@ -31,7 +31,8 @@ PROBE = """() => {
     const paint = colours => { pen.clearRect(0, 0, 1, 1);
         for (const colour of colours) { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); }
         return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3); };
-    const light = rgb => { const [r, g, b] = rgb.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    const linear = v => v <= 10 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+    const light = rgb => { const [r, g, b] = rgb.map(linear);
         return .2126 * r + .7152 * g + .0722 * b; };
     const contrast = element => { const ground = [];
         for (let at = element; at; at = at.parentElement) ground.unshift(getComputedStyle(at).backgroundColor);
@@ -45,7 +46,8 @@ PROBE = """() => {
     return { faint: [...player.querySelectorAll(written)].map(e => [e.className || e.tagName, contrast(e)])
             .filter(([, value]) => value < 4.5),
         ground: light(paint([getComputedStyle(player).backgroundColor])),
-        stage: edges('.lb-stage, .lb-strip'), side: edges('.lb-side > .lb-group, .lb-side > .lb-pair-row'),
+        stage: edges('.lb-stage, .lb-strip'),
+        side: edges('.lb-side > *, .lb-side .lb-row, .lb-side select, .lb-side textarea'),
         wide: player.scrollWidth - player.clientWidth }; }"""
 """How the player looks: texts that stand out too little, how bright it is, where its columns begin and end."""
 READ = """() => { const image = document.querySelector('.lb-stage img');
