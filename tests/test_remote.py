@@ -5,6 +5,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -150,6 +152,39 @@ def test_a_hung_rank_is_ended_and_settings_come_back(far):
     session.reset(seed=5)
     assert (session.prompt, session.steps, session.seed) == ("the same corridor at night", 2, 5)
     assert session.alive and read_keys(session.step("w")[0]) == "w"
+
+
+def runs(pid: str) -> bool:
+    """Whether a process does; one that has ended and is still listed has no command line."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads Linux's table of processes")
+def test_with_a_killed_kernel_its_processes_and_their_memory_go():
+    code = (
+        "import time\n"
+        "from far_session import painted\n"
+        "from lingbot_nb.stream.remote import RemoteSession\n"
+        "session = RemoteSession(painted, 2)\n"
+        "session.step('w')\n"
+        "print(*[process.pid for process, _ in session._workers], session._meeting.name, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    *ranks, folder = kernel.stdout.readline().split()
+    assert all(map(runs, ranks)) and Path(folder).exists()
+    kernel.kill()
+    kernel.communicate()
+    end = time.monotonic() + 15
+    while Path(folder).exists() or any(map(runs, ranks)):
+        assert time.monotonic() < end, "something is left"
+        time.sleep(0.05)
 
 
 def test_a_rank_that_failed_is_named_when_its_peers_wait_for_it_in_vain(far):

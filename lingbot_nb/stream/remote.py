@@ -12,6 +12,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -387,8 +388,8 @@ def _work(pipe: Connection, make: Callable[[int, int], Any], rank: int, world: i
     try:
         while True:
             worker.serve()
-    except (EOFError, OSError):  # the player has closed the pipe, or is gone
-        return
+    except (EOFError, OSError):  # the player has closed the pipe, or is gone: killed, it has left its folder in memory
+        shutil.rmtree(os.path.dirname(meeting), ignore_errors=True)
 
 
 class _Worker:
