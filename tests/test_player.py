@@ -495,6 +495,16 @@ def test_statistics_show_dashes_for_nothing():
     assert text.count("–") == 2 and "12 <small>ms</small>" in text
 
 
+def test_the_filmstrip_has_the_last_seconds_with_their_keys():
+    stills = [look.Still(b"picture", 58.0 + second, names) for second, names in enumerate(["", "w", "wl"])]
+    strip = look.filmstrip(stills, 4, 1.6)
+    assert strip.count("<figure>") == 4 and strip.count("<img") == 3 and strip.startswith('<div class="lb-strip"')
+    assert strip.index("<i ") < strip.index("<img"), "the newest stands at the right"
+    for time, keys in (("0:58", ""), ("0:59", "W"), ("1:00", "WL")):
+        assert f"<span>{time}</span><b>{keys}</b>" in strip
+    assert "0:58" not in look.filmstrip(stills, 2, 1.6)
+
+
 # -- widgets, without a browser ---------------------------------------------------------------------------------------
 
 
@@ -622,6 +632,7 @@ def test_settings_reach_the_session(one_player):
     scenes = [np.full((96, 160, 3), 40, np.uint8), np.full((96, 160, 3), 90, np.uint8)]
     session = FakeSession()
     player = play(session, scenes=scenes).player
+    assert (player.panel.steps.min, player.panel.steps.max, player.panel.chunk.max) == (1, 4, 3)
     player.panel.prompts.value = session.prompts[1]
     player.panel.steps.value = 2
     player.panel.chunk.value = 3

@@ -386,7 +386,8 @@ class Session:
         self.reset()
 
     def use(self, dit) -> None:
-        """Go on with another student of the same size: a new checkpoint, say. The cache stays."""
+        """Go on with another student of the same size: a new checkpoint, say. The cache stays. A recording does not
+        keep students: what two of them have played does not play again to the same frames."""
         self.finish()
         self._stream.settle()
         self._set_dit(dit)
