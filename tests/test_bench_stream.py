@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lingbot_nb import presets
 from lingbot_nb.cli import main
 from lingbot_nb.model.fused import ALONE
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
@@ -16,6 +17,7 @@ from lingbot_nb.report.bench_stream import Clock, Loop, Rate, Screen
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.stream.engine import Plain, Speed, fast
 from lingbot_nb.stream.engine_decoder import PlainPictures
+from lingbot_nb.stream.engine_memory import GIB, needed, needed_plainly
 
 CPU = torch.device("cpu")
 STREAM = replace(MICRO.stream, chunk=2, window=5, image_first=False)
@@ -150,6 +152,54 @@ def test_the_error_of_layers_is_that_of_the_engines_own_pieces():
     assert 1e-3 < min(attention) and max(attention) < max(both) < 0.2 and len(said) == 4
     net = fast(dit, Speed(compile=False), share=ALONE.using(kernel=lambda raw, table, to, slots: None))
     assert min(bench_stream.layer_errors(dit, net, bench_stream.Order(PRESET), said.append)) > 0.01
+
+
+def measured_rows():
+    """(file, row, what it must have needed) of the numbers in data/speed. Rungs but the last run beside the plain
+    network; one file is of a run that kept it for its comparison, whose numbers lie in another."""
+    everything = Speed(fp8=True, fp8_attention=True)
+    climbed = {f"+ {name}": speed for name, speed in bench_stream.rungs(everything, torch.device("cuda"))}
+    known = climbed | {"engine fp8 + fp8 attention": everything}
+    for path in sorted((PROJECT / "data/speed").glob("*.json")):
+        found = json.loads(path.read_text())
+        name, picture, _, _, *rest = found["conditions"].split(" · ")
+        told = dict(part.split(" ", 1) for part in rest)
+        preset, (height, width) = presets.by_name(name), map(int, picture.split(",")[0].split("x"))
+        stream = replace(preset.stream, window=int(told["window"]), sink=int(told["sink"]))
+        preset = replace(preset, shape=presets.VideoShape(height, width, 81), stream=stream)
+        kept = "check" in found or path.stem == "lingbot-480p-1xH200"
+        for row in found["rows"] if int(told["layers"]) == preset.model.layers and "decoder" not in told else ():
+            if speed := known.get(row["name"]):
+                beside = kept or row["name"] in [*climbed][:-1]
+                yield path.stem, row, needed(preset, speed, ranks=int(told["processes"]), beside=beside)
+            elif row["name"] == "plain":
+                yield path.stem, row, needed_plainly(preset)
+
+
+def test_needed_memory_is_what_was_measured():
+    """To 2.5 % or a quarter of a GiB, whichever is more, and on the safe side with what no allocator counts."""
+    seen = list(measured_rows())
+    assert len(seen) > 30
+    for name, row, need in seen:
+        told = name, row["name"]
+        assert need.tensors / GIB == pytest.approx(row["peak_gib"], rel=0.025, abs=0.25), told
+        assert need.total / GIB > row["peak_gib"], told
+
+
+def test_a_bench_is_told_which_flag_asks_for_more_than_a_gpu_holds():
+    everything = Speed(fp8=True, fp8_attention=True)
+    order = bench_stream.Order(LINGBOT, speed=everything, plain_chunks=0)
+    bench_stream.check_fits(order, 36 * GIB)
+    for flags, gib, told in (
+        (dict(plain_chunks=2), 57, "the plain path needs 59 GiB"),
+        (dict(ladder=True), 65, "--ladder needs 70 GiB"),
+        (dict(check=40), 75, "--check needs 85 GiB"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{told}.*{gib} GiB are free: the engine alone would fit"):
+            bench_stream.check_fits(replace(order, **flags), gib * GIB)
+        bench_stream.check_fits(replace(order, **flags), 90 * GIB)
+    with pytest.raises(RuntimeError, match="what would fit is"):
+        bench_stream.check_fits(order, 30 * GIB)
 
 
 def test_the_shipped_ladder_has_all_rungs_next_to_a_floor_of_their_own():

@@ -21,7 +21,7 @@ from lingbot_nb.model.fp8 import E4M3
 from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
 from lingbot_nb.model.fused import ALONE, Raw, SigmoidGELU
 from lingbot_nb.model.graph import Compiler, Recorder
-from lingbot_nb.model.kv_cache import KVCache, Sight
+from lingbot_nb.model.kv_cache import Sight
 from lingbot_nb.model.rope import apply_rope, fresh_rope_table
 from lingbot_nb.model.taehv import TAEHV
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, to_uint8
@@ -439,19 +439,36 @@ def test_needed_memory_counts_what_lies_in_it():
     assert need.weights == 2 * 18_544_332_864
     assert need.cache == 2 * 2 * 40 * 10.5 * 1560 * 5120  # window 9 and once more the keys of 3 sink frames
     assert need.camera == 2 * 2 * 40 * 3 * 1560 * 5120
-    halved = needed(LINGBOT, fp8=True, ranks=2)
+    halved = needed(LINGBOT, Speed(fp8=True), ranks=2)
     products = 40 * (10 * 5120**2 + 2 * 5120 * 13824)
     assert halved.weights == need.weights - products and halved.cache == need.cache / 2
+    merged = needed(LINGBOT, Speed(merge=True))
+    assert merged.camera == 2 * need.camera and merged.work == 2 * need.work and merged.cache == need.cache
     with pytest.raises(ValueError, match="without a window"):
         needed(replace(LINGBOT, stream=StreamSettings(window=None)))
 
 
-def test_the_cache_takes_what_was_counted():
-    cache = KVCache(MICRO.model, MICRO.stream, SHAPE)
-    assert cache.occupancy().bytes == needed(MICRO, value_bytes=4).cache
+@pytest.mark.parametrize("speed", [Speed(), Speed(fp8_attention=True)])
+def test_the_cache_takes_what_was_counted(speed):
+    """In 8 bits too, where the sink's second copy is not in 8 bits."""
+    world = World(MICRO.stream, 1, dtype=torch.bfloat16, size=MICRO.model)
+    engine = world.engine(replace(SLOW, fp8_attention=speed.fp8_attention))
+    assert engine.cache.occupancy().bytes == needed(MICRO, speed).cache
 
 
-@pytest.mark.parametrize(("gib", "fits"), [(44, "in fp8: 40 GiB"), (24, "lingbot-1.3b at 480x832"), (1, "tiny preset")])
+@pytest.mark.parametrize("speed", [Speed(join=False), Speed(), Speed(fp8=True)])
+def test_the_weights_take_what_was_counted_beside_a_plain_network_and_alone(speed, monkeypatch):
+    monkeypatch.setattr("lingbot_nb.stream.engine.lay_rows_inside", lambda layer: None)  # a CPU's alone
+    dit = random_dit(0, MICRO.model).bfloat16().requires_grad_(False)
+    net = fast(dit, replace(speed, compile=False))
+    own, plain = ({t.data_ptr(): t.nbytes for t in (*m.parameters(), *m.buffers())} for m in (net._dit, dit))
+    alone, beside = (needed(MICRO, speed, beside=beside).weights for beside in (False, True))
+    # Scales of the 8-bit numbers and joined biases are left out of the count: much here, nothing at full size.
+    assert sum(own.values()) == pytest.approx(alone, rel=0.05)
+    assert sum({**own, **plain}.values()) == pytest.approx(beside, rel=0.05)
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(44, "in fp8: 35 GiB"), (24, "lingbot-1.3b at 480x832"), (1, "tiny preset")])
 def test_a_small_gpu_is_told_what_would_fit(gib, fits):
     with pytest.raises(RuntimeError, match=rf"needs 55 GiB .*{gib} GiB are free.*{fits}"):
         check_memory(LINGBOT, gib * GIB)

@@ -49,7 +49,7 @@ from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.report.bench import synchroniser
 from lingbot_nb.stream.engine import SMALL, Engine, Plain, Speed, fast
 from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
-from lingbot_nb.stream.engine_memory import check_memory
+from lingbot_nb.stream.engine_memory import GIB, Need, check_memory, needed, needed_plainly
 from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.session import TINY, choose_dtype, live_path
 
@@ -406,6 +406,11 @@ class Order:
     clean_pass: bool = True
     ladder: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether anything needs the network as it is, beside what the engine makes of it."""
+        return bool(self.plain_chunks or self.check or self.ladder)
+
 
 RUNGS = {
     "graph": "a chunk's passes as CUDA graphs",
@@ -427,6 +432,33 @@ def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
         if getattr(speed, option) and (option not in ("graph", "kernel") or device.type == "cuda"):
             climbed = replace(climbed, **{option: True})
             yield name, climbed
+
+
+def check_fits(order: Order, available: float, *, ranks: int = 1, value_bytes: int = 2) -> None:
+    """RuntimeError where `available` bytes a GPU do not hold what `order` builds: it says what would fit, or which flag
+    asks for too much."""
+    check_memory(order.preset, available, order.speed, ranks=ranks, value_bytes=value_bytes)
+    for flag, need in beyond_the_engine(order, ranks=ranks, value_bytes=value_bytes):
+        if need.total > available:
+            raise RuntimeError(
+                f"{flag} needs {need} on each GPU, and {available / GIB:.0f} GiB are free: the engine alone would fit, "
+                "so leave that out (--plain-chunks 0 for the plain path)"
+            )
+
+
+def beyond_the_engine(order: Order, *, ranks: int = 1, value_bytes: int = 2) -> Iterator[tuple[str, Need]]:
+    """What the bench builds besides the engine alone: the flag that asks for it, and what that needs on each GPU."""
+    preset, speed = order.preset, order.speed
+    plainly = needed_plainly(preset, value_bytes=value_bytes)
+    both = needed(preset, speed, ranks=ranks, value_bytes=value_bytes, beside=True)
+    if order.plain_chunks:
+        yield "the plain path", plainly
+    if order.whole:
+        yield "building the engine beside the network as it is", Need(both.weights)
+    for _, climbed in rungs(speed, torch.device("cuda")) if order.ladder else ():
+        yield "--ladder", needed(preset, climbed, ranks=ranks, value_bytes=value_bytes, beside=True)
+    if order.check:
+        yield "--check", both + replace(plainly, weights=0, decoder=0)
 
 
 def random_dit(size: ModelSize, device: torch.device, dtype: torch.dtype) -> DiT:
@@ -467,9 +499,9 @@ def run(
     preset = order.preset
     began = time.perf_counter()
     if device.type == "cuda":
-        check_memory(preset, torch.cuda.mem_get_info(device)[0], fp8=order.speed.fp8, ranks=parallel.place()[1])
+        check_fits(order, torch.cuda.mem_get_info(device)[0], ranks=parallel.place()[1], value_bytes=dtype.itemsize)
     # The plain path needs the network as it is. Without it no more is ever held than what the engine runs on.
-    whole = bool(order.plain_chunks or order.check or order.ladder or device.type == "cpu")
+    whole = order.whole or device.type == "cpu"
     dit = random_dit(preset.model, device, dtype) if whole else DiT(preset.model, device="meta")
     decoder = random_decoder(preset, device, dtype)
     screen = Screen(picture_stream(decoder, graph=order.speed.graph), device)

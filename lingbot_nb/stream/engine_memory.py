@@ -1,13 +1,16 @@
 """What a stream needs on a GPU, known before anything is loaded, and what would fit where it does not."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from lingbot_nb.presets import LINGBOT_1B, TIME_STRIDE, ModelSize, Preset, VideoShape
 from lingbot_nb.report import architecture
+from lingbot_nb.stream.engine import Speed
 
 GIB = 2**30
+PLAIN_NUMBERS = Speed()
+"""Everything that makes a stream fast and leaves its numbers as they are."""
 _CONTEXT = 1.5 * GIB
 """What CUDA, its libraries and memory lost between allocations take."""
 _DECODER_MAPS = 12
@@ -21,57 +24,108 @@ class Need:
     """Bytes on each GPU, by what they are for."""
 
     weights: float
-    cache: float
-    camera: float
-    work: float
+    cache: float = 0
+    camera: float = 0
+    work: float = 0
+    """The largest tensors of a pass."""
+    decoder: float = 0
     rest: float = _CONTEXT
 
     @property
+    def tensors(self) -> float:
+        """What PyTorch counts as allocated: not the decoder, for tensors inside a recording count only as reserved."""
+        return self.weights + self.cache + self.camera + self.work
+
+    @property
     def total(self) -> float:
-        return self.weights + self.cache + self.camera + self.work + self.rest
+        return self.tensors + self.decoder + self.rest
+
+    def __add__(self, other: "Need") -> "Need":
+        """Both at once, in one process."""
+        parts = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "rest")
+        return Need(*parts)
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "cache": self.cache, "camera": self.camera, "work": self.work + self.rest}
+        work = self.work + self.decoder + self.rest
+        parts = {"weights": self.weights, "cache": self.cache, "camera": self.camera, "work": work}
         return f"{self.total / GIB:.0f} GiB (" + ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items()) + ")"
 
 
-def needed(preset: Preset, *, fp8: bool = False, ranks: int = 1, value_bytes: int = 2) -> Need:
-    """What the engine needs for `preset` on each of `ranks` GPUs, in a type of `value_bytes`, products in fp8 or not.
+def needed(
+    preset: Preset, speed: Speed = PLAIN_NUMBERS, *, ranks: int = 1, value_bytes: int = 2, beside: bool = False
+) -> Need:
+    """What the engine needs for `preset` on each of `ranks` GPUs, with all that `speed` asks for, in a type of
+    `value_bytes`; `beside` a plain network that stays on the GPU, whose tensors it uses where it does not rebuild them.
 
     Counted: all weights, the window's keys and values with the sink's second copy, a chunk's films, the largest
     tensors of a pass and of a TAEHV. Raises ValueError for a stream without a window, which has no end.
     """
-    size, shape, stream = preset.model, preset.shape, preset.stream
-    if stream.window is None:
-        raise ValueError("a stream without a window needs more memory with every chunk: give StreamSettings a window")
-    tokens = stream.chunk * shape.tokens_per_frame
-    frames = stream.window + (stream.sink / 2 if stream.relative else 0)
+    size, chunks = preset.model, 1 + speed.merge
+    whole, products = _values(size)
+    rebuilt = products if speed.fp8 else value_bytes * 3 * size.layers * size.dim**2 if speed.join else 0
+    weights = value_bytes * (whole - products) + products if speed.fp8 else value_bytes * whole
     return Need(
-        weights=_weights(size, fp8, value_bytes),
-        cache=architecture.kv_bytes(size, shape, 1, value_bytes) * frames / ranks,
-        camera=2 * size.layers * tokens * size.dim * value_bytes / ranks if size.control_channels else 0,
-        work=tokens * (8 * size.dim + value_bytes * (5 * size.dim + 2 * size.ffn_dim)) / ranks + _decoder(shape),
+        weights=value_bytes * whole + rebuilt if beside else weights,
+        cache=_cache(preset, 1 if speed.fp8_attention else value_bytes, value_bytes) / ranks,
+        camera=chunks * _films(preset, value_bytes) / ranks,
+        work=chunks * _work(preset, value_bytes) / ranks,
+        decoder=_decoder(preset.shape),
     )
 
 
-def _weights(size: ModelSize, fp8: bool, value_bytes: int) -> float:
-    whole = architecture.total(architecture.tensor_shapes(size)).parameters
-    d = size.dim
+def needed_plainly(preset: Preset, *, value_bytes: int = 2) -> Need:
+    """What the plain path needs, on every GPU all of it: it makes a chunk's films beside those before."""
+    return Need(
+        weights=value_bytes * _values(preset.model)[0],
+        cache=_cache(preset, value_bytes, value_bytes),
+        camera=2 * _films(preset, value_bytes),
+        work=_work(preset, value_bytes),
+        decoder=_decoder(preset.shape),
+    )
+
+
+def _values(size: ModelSize) -> tuple[int, int]:
+    """Numbers in all weights, and in those that fp8 stores in one byte each."""
     camera = 4 if size.control_channels else 0
-    products = size.layers * ((6 + camera) * d * d + 2 * d * size.ffn_dim) if fp8 else 0
-    return value_bytes * (whole - products) + products
+    products = size.layers * ((6 + camera) * size.dim**2 + 2 * size.dim * size.ffn_dim)
+    return architecture.total(architecture.tensor_shapes(size)).parameters, products
+
+
+def _cache(preset: Preset, cached_bytes: int, value_bytes: int) -> float:
+    stream = preset.stream
+    if stream.window is None:
+        raise ValueError("a stream without a window needs more memory with every chunk: give StreamSettings a window")
+    frame = architecture.kv_bytes(preset.model, preset.shape, 1, 1)
+    # A sink that moves is kept a second time, keys only, and never in 8 bits.
+    return frame * (cached_bytes * stream.window + (value_bytes * stream.sink / 2 if stream.relative else 0))
+
+
+def _tokens(preset: Preset) -> int:
+    return preset.stream.chunk * preset.shape.tokens_per_frame
+
+
+def _films(preset: Preset, value_bytes: int) -> float:
+    size = preset.model
+    return 2 * size.layers * _tokens(preset) * size.dim * value_bytes if size.control_channels else 0
+
+
+def _work(preset: Preset, value_bytes: int) -> float:
+    size = preset.model
+    return _tokens(preset) * (8 * size.dim + value_bytes * (5 * size.dim + 2 * size.ffn_dim))
 
 
 def _decoder(shape: VideoShape) -> float:
     return _DECODER_MAPS * 2 * 64 * TIME_STRIDE * shape.height * shape.width
 
 
-def check_memory(preset: Preset, available: float, *, fp8: bool = False, ranks: int = 1, value_bytes: int = 2) -> Need:
+def check_memory(
+    preset: Preset, available: float, speed: Speed = PLAIN_NUMBERS, *, ranks: int = 1, value_bytes: int = 2
+) -> Need:
     """What `preset` needs, if `available` bytes a GPU hold it; RuntimeError that says what would fit otherwise."""
-    need = needed(preset, fp8=fp8, ranks=ranks, value_bytes=value_bytes)
+    need = needed(preset, speed, ranks=ranks, value_bytes=value_bytes)
     if need.total <= available:
         return need
-    fitting = list(_alternatives(preset, available, fp8, ranks, value_bytes))
+    fitting = list(_alternatives(preset, available, speed, ranks, value_bytes))
     raise RuntimeError(
         f"{_name(preset)} needs {need} on each GPU, and {available / GIB:.0f} GiB are free: "
         + (f"what would fit is {'; '.join(fitting)}" if fitting else "use the tiny preset, which runs on a CPU")
@@ -83,15 +137,16 @@ def _name(preset: Preset) -> str:
     return f"{preset.name} at {shape.height}x{shape.width} with window {stream.window}"
 
 
-def _alternatives(preset: Preset, available: float, fp8: bool, ranks: int, value_bytes: int) -> Iterator[str]:
+def _alternatives(preset: Preset, available: float, speed: Speed, ranks: int, value_bytes: int) -> Iterator[str]:
     """The least that has to be given up of each kind: number format, window, picture size, model size."""
     narrow = replace(preset, stream=replace(preset.stream, window=preset.stream.sink + preset.stream.chunk))
     small = replace(preset, name=LINGBOT_1B.name, model=LINGBOT_1B.model)
+    small_numbers = replace(speed, fp8=True, fp8_attention=True)
     for way in ([preset], [narrow], [*_lower(preset)], [*_lower(narrow)], [small, *_lower(small)]):
-        for other, kind in product(way, dict.fromkeys((fp8, True))):
-            need = needed(other, fp8=kind, ranks=ranks, value_bytes=value_bytes)
+        for other, kind in product(way, dict.fromkeys((speed, small_numbers))):
+            need = needed(other, kind, ranks=ranks, value_bytes=value_bytes)
             if need.total <= available:
-                yield f"{_name(other)}{' in fp8' if kind and not fp8 else ''}: {need.total / GIB:.0f} GiB"
+                yield f"{_name(other)}{' in fp8' if kind != speed else ''}: {need.total / GIB:.0f} GiB"
                 break
 
 

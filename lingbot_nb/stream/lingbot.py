@@ -64,7 +64,7 @@ def open_release(
     preset = preset_for(report.check().size, height, width, stream)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        check_memory(preset, free, fp8=speed.fp8, ranks=share.ranks, value_bytes=dtype.itemsize)
+        check_memory(preset, free, speed, ranks=share.ranks, value_bytes=dtype.itemsize)
     image = fit_image(start_image, preset.shape)
     vae = vae or _vae(folder, device, dtype)
     if decoder is not None:
