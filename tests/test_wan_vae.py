@@ -1,5 +1,6 @@
 """The Wan VAE at a tiny width: diffusers' own network and name table are the oracles."""
 
+import copy
 import re
 
 import pytest
@@ -29,6 +30,39 @@ def vae() -> WanVAE:
         if parameter.ndim > 2:
             parameter.data.mul_(2)  # fresh weights fade out before they reach the far past
     return vae
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_channels_last_decodes_to_the_same_pictures(vae, dtype, most):
+    plain, turned = copy.deepcopy(vae).to(dtype), copy.deepcopy(vae).to(dtype).channels_last()
+    conv = turned.model.decoder.conv_in.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last_3d) and not conv.is_contiguous()
+    one, other = plain.decoder_stream(), turned.decoder_stream()
+    for seed, frames in enumerate((1, 3, 2)):
+        wanted, got = (stream.decode(latents(frames, seed)) for stream in (one, other))
+        assert wanted.std() > 0.05 and (wanted - got).abs().max() < most
+
+
+def test_channels_last_goes_through_the_decoder_without_being_turned_round(vae):
+    """A GPU's convolutions answer in their weight's layout, and all that lies between them keeps it: but for the first
+    one, and where pictures become twice as many."""
+    turned, met = copy.deepcopy(vae).channels_last(), {}
+
+    def answer(name, layout):
+        def hook(conv, given, out):
+            met[name] = given[0].is_contiguous(memory_format=layout)
+            return out.contiguous(memory_format=layout)
+
+        return hook
+
+    for name, part in turned.model.decoder.named_modules():
+        if isinstance(part, torch.nn.Conv2d | torch.nn.Conv3d):
+            three = isinstance(part, torch.nn.Conv3d)
+            part.register_forward_hook(answer(name, torch.channels_last_3d if three else torch.channels_last))
+    turned.decode(latents(3))
+    others = {name for name, kept in met.items() if not kept}
+    assert len(met) > 30
+    assert others == {"conv_in", "up_blocks.0.upsamplers.0.resample.1", "up_blocks.1.upsamplers.0.resample.1"}
 
 
 def video(frames=9, seed=0, batch=1) -> torch.Tensor:

@@ -130,6 +130,14 @@ class WanVAE(nn.Module):
         vae.model.requires_grad_(False)
         return vae
 
+    def channels_last(self) -> "WanVAE":
+        """The same network with its convolutions' weights laid out as a GPU's tensor cores want them, in place. What
+        flows between the layers is then laid out so too, and is not turned round for each of them."""
+        for part in self.model.modules():
+            if isinstance(part, nn.Conv2d | nn.Conv3d):
+                part.to(memory_format=torch.channels_last if isinstance(part, nn.Conv2d) else torch.channels_last_3d)
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
