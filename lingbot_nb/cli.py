@@ -263,6 +263,8 @@ def _add_bench_stream(benches) -> None:
     add("--fp8-attention", action="store_true", help="self-attention and its cache in 8-bit floating point as well")
     add("--merge", action="store_true", help="the clean pass and the next chunk's first step as one pass")
     add("--no-clean-pass", action="store_true", help="the past is what the last step wrote")
+    add("--each-clean-pass", action="store_true", help="rows also with it merged, and without it")
+    add("--decoder", choices=("taehv", "wan", "wan-plain"), help="default: the tiny world's own, else a TAEHV")
     add("--ladder", action="store_true", help="a row for each option, added one by one")
     add("--check", type=int, default=0, nargs="?", const=40, metavar="CHUNKS", help="compare with the plain path (40)")
     add("--profile", action="store_true", help="list the kernels of one chunk; GPU only")

@@ -1,6 +1,7 @@
 """The streaming bench measures what it says it measures; how fast anything is, is not tested."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ PRESET = replace(MICRO, stream=STREAM)
 @pytest.fixture
 def small_decoder(monkeypatch):
     """The micro tokenizer instead of the tiny world's."""
-    monkeypatch.setattr(bench_stream, "TinyVAE", lambda: TinyVAE(MICRO_VAE))
+    monkeypatch.setattr(bench_stream, "TinyVAE", lambda size=None: TinyVAE(MICRO_VAE))
 
 
 def loop(steps=2):
@@ -78,7 +79,7 @@ def test_the_table_has_what_each_stream_reached_with_all_its_options(tmp_path):
         (tmp_path / f"{processes}.json").write_text(json.dumps(dict(conditions=parts, rows=rows)))
     lines = bench_stream.table([tmp_path / "2.json", tmp_path / "1.json"]).splitlines()[2:]
     assert [line.split(" | ")[3] for line in lines] == ["2 + 1", "1 + 1"] * 2
-    assert lines[0] == "| 96x160, lingbot | 1 x NVIDIA H200 | 9, 3 | 2 + 1 | 1.2 | 50% | 800 | 4 |"
+    assert lines[0] == "| 96x160, lingbot | 1 x NVIDIA H200 | 9, 3 | 2 + 1 | 1.2 | 50% | 800 | 4 | – |"
     assert lines[2].startswith("| 720x1280, lingbot | 2 x NVIDIA H200 |")
 
 
@@ -116,6 +117,7 @@ def test_floor_of_work_done_once_does_not_grow_with_the_forwards():
 def test_command_prints_rows_compares_and_writes_numbers_and_picture(small_decoder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     words = "bench stream --preset micro --steps 2,1 --chunk 2 --window 5 --chunks 2 --plain-chunks 1 --dtype fp32"
+    words += " --no-compile"  # compiled streams are test_engine's
     assert main([*words.split(), "--check", "4", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert [(row["name"], row["steps"]) for row in found["rows"]] == [("plain", 2), ("engine", 2), ("engine", 1)]
@@ -123,7 +125,77 @@ def test_command_prints_rows_compares_and_writes_numbers_and_picture(small_decod
     assert "chunk 2 · window 5 · sink 1" in found["conditions"] and len(found["rates"]) == 7
     assert out.with_suffix(".png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert printed.count("FPS") >= 3 and "x0 differs by" in printed
+    assert printed.count("FPS") >= 3 and "x0 differs by" in printed and "compared 1 of 4 chunks" in printed
+    assert [row["host"] > 0 for row in found["rows"]] == [False, True, True] and "Python and calls" in printed
+
+
+def test_the_table_tells_ways_with_the_clean_pass_apart_and_the_hosts_share(tmp_path):
+    row = dict(steps=2, clean_pass=True, fps=1.0, floor=1.0, period=2.0, peak_gib=0.0)
+    rows = [row | dict(name=name) for name in ("plain", "+ a", "+ b", "engine merged")]
+    rows += [row | dict(name="engine", clean_pass=False, host=3.14)]
+    parts = "tiny · 96x160, 21 frames of 60 tokens · float32 · cpu · window 7 · sink 1 · processes 1"
+    (tmp_path / "a.json").write_text(
+        json.dumps(dict(conditions=parts.replace(" · window", " · torch 2 · window"), rows=rows))
+    )
+    lines = [line.split(" | ") for line in bench_stream.table([tmp_path / "a.json"]).splitlines()[2:]]
+    assert [line[3] for line in lines] == ["2 + 1", "2 + 1, merged", "2 + 0"]
+    assert [line[-1] for line in lines] == ["– |", "– |", "3.1 |"]
+
+
+def test_each_way_with_the_clean_pass_is_measured_against_a_floor_of_its_own(small_decoder):
+    speed = Speed(compile=False, graph=False)
+    order = bench_stream.Order(PRESET, (2, 1), speed, chunks=2, plain_chunks=0, each_clean_pass=True)
+    rows = bench_stream.run(order, CPU, torch.float32, lambda line: None)["rows"]
+    told = [(row["name"], row["steps"], row["clean_pass"]) for row in rows]
+    assert told == [
+        *(("engine", count, True) for count in (2, 1)),
+        *(("engine merged", count, True) for count in (2, 1)),
+        *(("engine", count, False) for count in (2, 1)),
+    ]
+    assert rows[0]["floor"] == rows[2]["floor"] > rows[4]["floor"] and rows[1]["floor"] > rows[5]["floor"]
+    assert all("clean pass" in row["stages"] for row in rows) and rows[0]["cold"] and not rows[2]["cold"]
+    ways = bench_stream.clean_passes(replace(order, speed=replace(speed, merge=True)))
+    assert [(way.speed.merge, way.clean_pass) for way in ways] == [(True, True), (False, True), (False, False)]
+
+
+def test_a_wan_vae_can_be_the_decoder_in_either_layout(monkeypatch):
+    pytest.importorskip("diffusers")
+    narrow = bench_stream.WanVAE.build
+    monkeypatch.setattr(bench_stream.WanVAE, "build", lambda device=None: narrow(base_dim=4, device=device))
+    for name in ("wan", "wan-plain"):
+        order = bench_stream.Order(PRESET, (1,), Speed(compile=False), 1, 0, decoder=bench_stream.DECODERS[name])
+        found = bench_stream.run(order, CPU, torch.float32, lambda line: None)
+        assert (
+            "decoder WanVAE" in found["conditions"] and found["decoder_ms"] > 0 < found["rows"][0]["stages"]["decode"]
+        )
+
+
+def test_one_call_of_many_in_a_row_is_timed():
+    calls = []
+
+    def run():
+        calls.append(1)
+        time.sleep(2e-3)
+
+    assert 2 <= bench_stream._alone(run, CPU, calls=5) < 4 and len(calls) % 5 == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+def test_small_products_are_timed_without_the_host():
+    """A product of a few microseconds: recorded, it is not slower than when it is launched by itself."""
+    gpu = torch.device("cuda")
+    run = bench_stream._product(256, 256, 256, gpu, torch.bfloat16)
+    assert bench_stream._alone(run, gpu) < bench_stream._median_ms(run, gpu)
+
+
+def test_what_python_takes_grows_with_the_calls_and_hardly_with_the_picture():
+    def host(**changes):
+        preset = replace(PRESET, model=replace(PRESET.model, **{"layers": changes.pop("layers", 2)}), **changes)
+        order = bench_stream.Order(preset, (2,), Speed(compile=False), chunks=5)
+        return min(bench_stream.host_ms(order, 2, torch.float32) for _ in range(3))
+
+    assert host(layers=8) > 2 * host() > 0
+    assert host(shape=presets.VideoShape(256, 256, 21)) < 1.5 * host()
 
 
 def test_fp8_rows_are_named_and_their_error_is_told(small_decoder):

@@ -2,6 +2,8 @@
 
     python -m lingbot_nb bench stream --preset lingbot --steps 4,2
     python -m lingbot_nb bench stream --preset lingbot --fp8 --ladder --out ladder.json       (option by option)
+    python -m lingbot_nb bench stream --preset lingbot --each-clean-pass         (its clean pass merged, and left out)
+    python -m lingbot_nb bench stream --preset lingbot --layers 1 --decoder wan              (the Wan VAE's decoder)
     torchrun --nproc-per-node 2 -m lingbot_nb bench stream --preset lingbot --steps 4,2      (one stream on two GPUs)
 
 Weights are random: time depends on shapes alone. Every row is printed when it is known. The floor is what the matrix
@@ -15,14 +17,17 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingbot_nb import presets, runs
 from lingbot_nb.control.keys import KEYS
@@ -32,9 +37,11 @@ from lingbot_nb.model.attention import backend
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import E4M3, product_for, scaled_product
 from lingbot_nb.model.fused import USUAL, Format, FusedDiT, as_it_is
+from lingbot_nb.model.graph import Recorder
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.taehv import TAEHV
-from lingbot_nb.model.vae import TinyVAE
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.model.wan_vae import WanVAE
 from lingbot_nb.presets import (
     FPS,
     LATENT_CHANNELS,
@@ -63,7 +70,8 @@ Say = Callable[[str], None]
 class Row:
     """One stream: `latency` and `p99` from keys to frames on the host, `period` from chunk to chunk, all in ms; `first`
     is a fresh stream's first chunk; `cold` seconds of a first stream that compiles everything, `recorded` of a second
-    one that records it; `stages` the median ms of each stage; `peak_gib` of device memory."""
+    one that records it; `stages` the median ms of each stage; `peak_gib` of device memory; `host`, on a CPU, ms of a
+    chunk without its decoder that are no arithmetic (see `host_ms`)."""
 
     name: str
     steps: int
@@ -80,6 +88,7 @@ class Row:
     cold: float = 0.0
     recorded: float = 0.0
     clean_pass: bool = True
+    host: float = 0.0
 
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {ms:.1f}" for name, ms in self.stages.items())
@@ -88,6 +97,7 @@ class Row:
             f"{self.period:.1f} ms a chunk of "
             f"{TIME_STRIDE * self.chunk} pixel frames",
             f"floor {self.floor:.1f} ms: {self.floor / self.period:.0%}" if self.floor else "",
+            f"Python and calls {self.host:.1f} ms: {self.host / self.period:.0%}" if self.host else "",
             f"keys to host {self.latency:.1f} ms, p99 {self.p99:.1f}",
             f"first chunk {self.first:.0f} ms, cold {self.cold:.1f} s, recording {self.recorded:.1f} s"
             if self.cold
@@ -372,8 +382,25 @@ def attention_rates(preset: Preset, device, dtype, format: Format = USUAL) -> It
         yield Rate(f"{name} {queries} over {keys} ({kernel})", 1, ms, 4e-9 * queries * keys * size.dim / ms)
 
 
+IN_A_ROW = 20
+"""Calls that a GPU is timed over."""
+
+
+def _alone(run: Callable[[], object], device: torch.device, calls: int | None = None) -> float:
+    """Milliseconds of one call. A GPU makes many in a row, recorded: launched one by one, calls of 0.1 ms would be
+    timed as slow as the host is."""
+    calls = calls or (IN_A_ROW if device.type == "cuda" else 1)
+
+    def row() -> None:
+        for _ in range(calls):
+            run()
+
+    again = partial(Recorder().repeated(row), None) if device.type == "cuda" else row
+    return _median_ms(again, device) / calls
+
+
 @torch.no_grad()
-def _alone(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+def _median_ms(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     for _ in range(3):
         run()
     clock = Clock(device)
@@ -392,9 +419,13 @@ def floor_ms(rates: Sequence[Rate], layers: int, forwards: int) -> float:
 # -- the whole bench --------------------------------------------------------------------------------------------------
 
 
+Decoder = Callable[[Preset, torch.device, torch.dtype], nn.Module]
+"""Makes a decoder of fresh weights for a preset."""
+
+
 @dataclass(frozen=True)
 class Order:
-    """What to measure: see the command's help."""
+    """What to measure: see the command's help. `decoder` None: `usual_decoder`."""
 
     preset: Preset
     steps: tuple[int, ...] = (4,)
@@ -405,6 +436,8 @@ class Order:
     profile: bool = False
     clean_pass: bool = True
     ladder: bool = False
+    each_clean_pass: bool = False
+    decoder: Decoder | None = None
 
     @property
     def whole(self) -> bool:
@@ -480,12 +513,23 @@ def made_up(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tens
     return to
 
 
-def random_decoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def usual_decoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The tiny world's own decoder, or for all others a TAEHV."""
     torch.manual_seed(0)
     tiny = preset.model.control_channels == TINY
     decoder = (TinyVAE() if tiny else TAEHV()).eval().requires_grad_(False).to(device, dtype)
     return decoder.to(memory_format=torch.channels_last)
+
+
+def wan_decoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The Wan VAE, laid out channels-last."""
+    return plain_wan_decoder(preset, device, dtype).channels_last()
+
+
+def plain_wan_decoder(preset: Preset, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    """The Wan VAE in torch's usual layout: what `wan_decoder` is measured against."""
+    torch.manual_seed(0)
+    return WanVAE.build(device=device).to(dtype)
 
 
 def run(
@@ -503,12 +547,14 @@ def run(
     # The plain path needs the network as it is. Without it no more is ever held than what the engine runs on.
     whole = order.whole or device.type == "cpu"
     dit = random_dit(preset.model, device, dtype) if whole else DiT(preset.model, device="meta")
-    decoder = random_decoder(preset, device, dtype)
+    decoder = (order.decoder or usual_decoder)(preset, device, dtype)
     screen = Screen(picture_stream(decoder, graph=order.speed.graph), device)
     weights = sum(p.numel() for p in dit.parameters())
-    said = _conditions(preset, device, dtype)
+    said = _conditions(preset, device, dtype, **({"decoder": type(decoder).__name__} if order.decoder else {}))
     say(f"{said}\n{weights / 1e9:.2f} B parameters after {time.perf_counter() - began:.1f} s")
-    found = {"conditions": said, "rates": [], "rows": []}
+    found = {"conditions": said, "rates": [], "rows": [], "decoder_ms": decoder_ms(decoder, order, device)}
+    say(f"a chunk's pictures, decoded with nothing beside: {found['decoder_ms']:.2f} ms")
+    _release()
 
     def measured(rates: Iterator[Rate]) -> list[Rate]:
         known = []
@@ -523,14 +569,15 @@ def run(
     fp8 = measured(linear_rates(preset, device, dtype, _product_fp8, "fp8 ")) if has_fp8 else plain
     attentions = measured(attention_rates(preset, device, dtype))
 
-    def keep(row: Row) -> None:
-        row = replace(row, clean_pass=order.clean_pass or row.name == "plain")
+    def keep(row: Row, way: Order | None = None) -> None:
+        host = host_ms(way, row.steps, dtype) if way and device.type == "cpu" else 0.0
+        row = replace(row, clean_pass=not way or way.clean_pass, host=host)
         say(str(row))
         found["rows"].append(asdict(row))
         save(found)
 
-    def floor(linears: list[Rate], steps: int) -> float:
-        return floor_ms([*linears, *attentions], preset.model.layers, steps + order.clean_pass) / parallel.place()[1]
+    def floor(linears: list[Rate], steps: int, way: Order = order) -> float:
+        return floor_ms([*linears, *attentions], preset.model.layers, steps + way.clean_pass) / parallel.place()[1]
 
     if order.plain_chunks:
         keep(
@@ -545,8 +592,8 @@ def run(
         _release()
     climbing = [*rungs(order.speed, device)] if order.ladder else []
     for added, speed in climbing[:-1]:
-        linears = fp8 if speed.fp8 else plain
-        keep(_rung(dit, f"+ {added}", replace(order, speed=speed), screen, floor(linears, order.steps[0])))
+        linears, way = fp8 if speed.fp8 else plain, replace(order, speed=speed)
+        keep(_rung(dit, f"+ {added}", way, screen, floor(linears, order.steps[0])), way)
         _release()
     to = as_it_is if whole else made_up(device, dtype)
     net = fast(dit, order.speed, share=HeadShare.here(), to=to)
@@ -555,28 +602,74 @@ def run(
         _release()
     if net.share.format.dtype:
         measured(attention_rates(preset, device, dtype, net.share.format))
-    linears, name = (fp8, "engine fp8") if order.speed.fp8 else (plain, "engine")
-    # Asked for is not always had: without a kernel for it, attention stays as it was.
-    name += " + fp8 attention" if net.share.format.dtype else ""
-    name += " merged" if order.speed.merge else ""
-    name = f"+ {climbing[-1][0]}" if climbing else name
-    for count in order.steps:
-        ahead = order.speed.merge or not order.clean_pass
-        loop = Loop(_engine(net, order, count), screen, preset, count, ahead=ahead)
-        if count == order.steps[0]:
-            keep(time_stream(loop, name, order.chunks, floor(linears, count)))
-        else:
-            _warm(loop)
-            keep(time_steady(loop, name, order.chunks, floor(linears, count)))
-        if count == order.steps[0] and order.profile:
-            found["kernels"] = kernel_times(loop, say)
-        del loop
-        _release()
+    linears = fp8 if order.speed.fp8 else plain
+    for way in clean_passes(order):
+        name = f"+ {climbing[-1][0]}" if climbing and way is order else _name(net, way)
+        for count in order.steps:
+            loop = _loop(net, way, count, screen)
+            bound = floor(linears, count, way)
+            if way is order and count == order.steps[0]:
+                keep(time_stream(loop, name, order.chunks, bound), way)
+                if order.profile:
+                    found["kernels"] = kernel_times(loop, say)
+            else:
+                _warm(loop)
+                keep(time_steady(loop, name, order.chunks, bound), way)
+            del loop
+            _release()
     if order.check:
         found["layers"] = layer_errors(dit, net, order, say)
         found["check"] = compare(dit, net, order, say)
         save(found)
     return found
+
+
+def clean_passes(order: Order) -> Iterator[Order]:
+    """The order itself, and if it asks for each way with the clean pass, those that it does not use already."""
+    yield order
+    if order.each_clean_pass:
+        merged = replace(order, speed=replace(order.speed, merge=True), clean_pass=True)
+        apart = replace(merged, speed=replace(order.speed, merge=False))
+        yield from (way for way in (apart, merged, replace(apart, clean_pass=False)) if way != order)
+
+
+def _name(net: FusedDiT, order: Order) -> str:
+    # Asked for is not always had: without a kernel for it, attention stays as it was.
+    name = "engine fp8" if order.speed.fp8 else "engine"
+    name += " + fp8 attention" if net.share.format.dtype else ""
+    return name + (" merged" if order.speed.merge else "")
+
+
+def decoder_ms(decoder: nn.Module, order: Order, device: torch.device) -> float:
+    """Milliseconds that a chunk's latents take to become pictures in memory of the device, as a stream decodes them."""
+    shape, frames = order.preset.shape, order.preset.stream.chunk
+    latents = torch.randn(1, LATENT_CHANNELS, frames, shape.latent_height, shape.latent_width, device=device)
+    pictures = picture_stream(decoder, graph=order.speed.graph)
+    return _median_ms(lambda: pictures(latents), device, repeats=5)
+
+
+def host_ms(order: Order, steps: int, dtype: torch.dtype) -> float:
+    """Milliseconds of a chunk on a CPU that are no arithmetic of the network: what the same calls take where there is
+    next to nothing to compute, as many layers of 16 channels over one token a frame. The decoder is not counted.
+
+    It is an upper bound: the little that is computed counts, and so does torch's own way into each operator.
+    """
+    preset = order.preset
+    small = replace(preset.model, dim=16, heads=1, ffn_dim=16)
+    preset = replace(preset, model=small, shape=VideoShape(16, 16, preset.shape.pixel_frames))
+    cpu = torch.device("cpu")
+    net = fast(random_dit(small, cpu, dtype), order.speed)
+    screen = Screen(PlainPictures(TinyVAE(MICRO_VAE).eval()), cpu)
+    loop = _loop(net, replace(order, preset=preset), steps, screen)
+    _warm(loop)
+    stages = time_steady(loop, "host", max(order.chunks, 5)).stages
+    return sum(ms for stage, ms in stages.items() if stage != "decode")
+
+
+def _loop(net: FusedDiT, order: Order, steps: int, screen: Screen) -> Loop:
+    # What no pass after the last step gives the host time for must be begun before.
+    ahead = order.speed.merge or not order.clean_pass
+    return Loop(_engine(net, order, steps), screen, order.preset, steps, ahead=ahead)
 
 
 def _release() -> None:
@@ -604,9 +697,8 @@ def _plain_row(dit: DiT, screen: Screen, order: Order, steps: int, floor: float)
 
 
 def _rung(dit: DiT, name: str, order: Order, screen: Screen, floor: float) -> Row:
-    preset, steps = order.preset, order.steps[0]
-    engine = _engine(fast(dit, order.speed, share=HeadShare.here()), order, steps)
-    loop = Loop(engine, screen, preset, steps, ahead=order.speed.merge or not order.clean_pass)
+    steps = order.steps[0]
+    loop = _loop(fast(dit, order.speed, share=HeadShare.here()), order, steps, screen)
     _warm(loop)
     return time_steady(loop, name, order.chunks, floor)
 
@@ -676,24 +768,57 @@ def compare(dit: DiT, net, order: Order, say: Say) -> dict[str, list[float]]:
     preset, count = order.preset, order.steps[0]
     settings = preset.stream, preset.shape, _schedule(preset, count)
     paths = {"plain": Plain(dit, *settings), "engine": _engine(net, order, count)}
-    if dit.patch_embedding.weight.dtype != torch.float32 and _fits_fp32(dit):
-        paths = {"plain fp32": Plain(copy.deepcopy(dit).float(), *settings), **paths}
+    if dit.patch_embedding.weight.dtype != torch.float32 and _fits_fp32(dit, preset):
+        paths = {"plain fp32": Yardstick(copy.deepcopy(dit).float(), *settings), **paths}
     errors: dict[str, list[float]] = {name: [] for name in list(paths)[1:]}
     make = torch.Generator(device=net.device).manual_seed(1)
-    for inputs in _inputs(preset, count, order.check, make):
+    began = time.perf_counter()
+    for number, inputs in enumerate(_inputs(preset, count, order.check, make), start=1):
         given, *others = (_one_chunk(path, *inputs) for path in paths.values())
         for name, x0 in zip(errors, others, strict=True):
             errors[name].append(((x0 - given).norm() / given.norm()).item())
+        if number % _TOLD_EVERY == 1:
+            apart = ", ".join(f"{name} {found[-1]:.2e}" for name, found in errors.items())
+            say(f"compared {number} of {order.check} chunks after {time.perf_counter() - began:.0f} s: {apart}")
     for name, found in errors.items():
         say(f"{name} against {next(iter(paths))}: x0 differs by {np.median(found):.2e}, most {max(found):.2e}, "
             f"last {found[-1]:.2e} of its size over {order.check} chunks")  # fmt: skip
     return errors
 
 
-def _fits_fp32(dit: DiT) -> bool:
-    weight = dit.patch_embedding.weight
+_TOLD_EVERY = 5
+"""Chunks after which a comparison says how far it is."""
+
+
+class Yardstick(Plain):
+    """The plain path in fp32, quick enough for forty chunks: on a GPU its products are rounded to 11 bits, eight times
+    finer than bf16's 8, and attention is written out, for only so do its products run at that rate."""
+
+    def denoise(self, *given: Any) -> Tensor:
+        with _eleven_bits():
+            return super().denoise(*given)
+
+    def finish(self) -> None:
+        with _eleven_bits():
+            super().finish()
+
+
+@contextmanager
+def _eleven_bits() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _fits_fp32(dit: DiT, preset: Preset) -> bool:
+    weight, tokens = dit.patch_embedding.weight, preset.shape.tokens_per_frame
     free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2**34
-    return 4 * sum(p.numel() for p in dit.parameters()) < 0.7 * free
+    scores = dit.size.heads * preset.stream.chunk * preset.stream.window * tokens**2
+    return 4 * (sum(p.numel() for p in dit.parameters()) + 3 * scores) < 0.7 * free
 
 
 def _inputs(preset: Preset, steps: int, chunks: int, make: torch.Generator) -> Iterator[tuple]:
@@ -718,7 +843,7 @@ def _one_chunk(path: Engine | Plain, words: Tensor, given: tuple) -> Tensor:
     return x0
 
 
-def _conditions(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
+def _conditions(preset: Preset, device: torch.device, dtype: torch.dtype, **more: str) -> str:
     from lingbot_nb.report.figures import conditions
 
     stream = preset.stream
@@ -732,6 +857,7 @@ def _conditions(preset: Preset, device: torch.device, dtype: torch.dtype) -> str
         layers=preset.model.layers,
         attention=backend(device, dtype, preset.model.head_dim),
         processes=parallel.place()[1],
+        **more,
     )
 
 
@@ -758,7 +884,13 @@ def order_of(options: argparse.Namespace) -> Order:
         profile=options.profile,
         clean_pass=not options.no_clean_pass,
         ladder=options.ladder,
+        each_clean_pass=options.each_clean_pass,
+        decoder=DECODERS[options.decoder] if options.decoder else None,
     )
+
+
+DECODERS: Mapping[str, Decoder] = {"taehv": usual_decoder, "wan": wan_decoder, "wan-plain": plain_wan_decoder}
+"""By what the command calls them."""
 
 
 def _preset(options: argparse.Namespace) -> Preset:
@@ -813,7 +945,7 @@ def _fastest_dtype(order: Order, device: torch.device) -> torch.dtype:
 
     def make(dtype: torch.dtype) -> Callable[[], object]:
         net = fast(random_dit(order.preset.model, device, dtype), SMALL)
-        screen = Screen(PlainPictures(random_decoder(order.preset, device, dtype)), device)
+        screen = Screen(PlainPictures(usual_decoder(order.preset, device, dtype)), device)
         return Loop(_engine(net, order, 1), screen, order.preset, 1).step
 
     choice = choose_dtype(make, seconds=2.0)
@@ -825,7 +957,17 @@ def _fastest_dtype(order: Order, device: torch.device) -> torch.dtype:
 
 def table(files: Iterable[Path]) -> str:
     """Saved benches as Markdown: what each stream reached with all its options, the largest pictures last."""
-    heads = ("picture", "GPUs", "window, sink", "forwards", "FPS", "of the floor", "ms a chunk", "GiB a GPU")
+    heads = (
+        "picture",
+        "GPUs",
+        "window, sink",
+        "forwards",
+        "FPS",
+        "of the floor",
+        "ms a chunk",
+        "GiB a GPU",
+        "Python, ms",
+    )
     found = [json.loads(path.read_text()) for path in files]
     return markdown_table(heads, sorted((line for each in found for line in _lines(each)), key=_area))
 
@@ -833,18 +975,20 @@ def table(files: Iterable[Path]) -> str:
 def _lines(found: Mapping) -> Iterator[tuple[str, ...]]:
     name, picture, _, gpu, *rest = found["conditions"].split(" · ")
     told = dict(part.split(" ", 1) for part in rest)
+    rungs = [row["name"] for row in found["rows"] if row["name"].startswith("+ ")]
     for row in found["rows"]:
-        # A ladder's lower rungs are another table's.
-        if row["name"] == found["rows"][-1]["name"]:
+        # The plain path and a ladder's lower rungs are another table's.
+        if row["name"] != "plain" and row["name"] not in set(rungs) - set(rungs[-1:]):
             yield (
                 f"{picture.split(',')[0]}, {name}",
                 f"{told['processes']} x {gpu}",
                 f"{told['window']}, {told['sink']}",
-                f"{row['steps']} + {int(row['clean_pass'])}",
+                f"{row['steps']} + {int(row['clean_pass'])}{', merged' * row['name'].endswith('merged')}",
                 f"{row['fps']:.1f}",
                 f"{row['floor'] / row['period']:.0%}",
                 f"{row['period']:.0f}",
                 f"{row['peak_gib']:.0f}",
+                f"{row['host']:.1f}" if row.get("host") else "–",
             )
 
 

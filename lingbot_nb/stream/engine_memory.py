@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import product
 
 from lingbot_nb.presets import LINGBOT_1B, TIME_STRIDE, ModelSize, Preset, VideoShape
@@ -84,6 +85,7 @@ def needed_plainly(preset: Preset, *, value_bytes: int = 2) -> Need:
     )
 
 
+@cache
 def _values(size: ModelSize) -> tuple[int, int]:
     """Numbers in all weights, and in those that fp8 stores in one byte each."""
     camera = 4 if size.control_channels else 0
