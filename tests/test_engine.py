@@ -19,7 +19,7 @@ from lingbot_nb.model.attention import attend, attend_reference
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.fp8 import E4M3
 from lingbot_nb.model.fp8_attention import SCALE, emulated_attend, lifted, lowered, usable
-from lingbot_nb.model.fused import ALONE, Raw, SigmoidGELU
+from lingbot_nb.model.fused import ALONE, Alone, Raw, SigmoidGELU
 from lingbot_nb.model.graph import Compiler, Recorder
 from lingbot_nb.model.kv_cache import Sight
 from lingbot_nb.model.rope import apply_rope, fresh_rope_table
@@ -264,6 +264,7 @@ def test_a_recording_that_fails_warns_once_and_all_go_on_plainly(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Broken)
     recorder = Recorder.__new__(Recorder)  # of a machine without a GPU
     recorder.pool, recorder.failed, recorder.aside = None, False, lambda run: run()
+    recorder.recording_stream = None
     world = World(StreamSettings(2, 7, 2), 9)
     engine = world.engine()
     stages = engine._films_now, engine._denoise_now, engine._clean_now
@@ -479,6 +480,23 @@ def test_a_large_gpu_is_not_told_anything():
 
 
 # -- several processes, GPUs ------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_shared_out_before_they_are_wide_and_gathered_when_they_are_narrow():
+    met = {"part": set(), "whole": set()}
+
+    class Noting(Alone):
+        def part(self, x):
+            met["part"].add(x.shape[-1])
+            return x
+
+        def whole(self, x):
+            met["whole"].add(x.shape[-1])
+            return x
+
+    world = World(StreamSettings(1, 4, 1, image_first=False), 2)
+    world.play(world.engine(share=Noting()))
+    assert met == {"part": {4 * 36, 4 * 64 * SIZE.control_channels}, "whole": {4 * 16}}
 
 
 @pytest.mark.parametrize("processes", [2, 4])

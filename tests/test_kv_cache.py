@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache, KVCache
+from lingbot_nb.model.kv_cache import GradCache, KVCache, Place, bits, put, put_words
 from lingbot_nb.model.masks import block_causal, teacher_forcing
 from lingbot_nb.model.rope import axis_dims
 from lingbot_nb.presets import MICRO, ModelSize, StreamSettings, VideoShape
@@ -413,3 +413,20 @@ def test_state_goes_on_in_another_cache(relative):
     one.begin(1)
     with pytest.raises(RuntimeError, match="is running"):
         one.state_dict()
+
+
+@pytest.mark.parametrize("head_dim", [16, 6])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_words_are_put_where_numbers_are(head_dim, dtype):
+    """Strided ones too, as they come out of an exchange; heads that fill no words as single numbers."""
+    make = torch.Generator().manual_seed(0)
+    packed = torch.randn(1, 5, 3, 2, head_dim, generator=make).to(dtype)
+    _, k, v = packed.unbind(2)
+    slots, table = torch.tensor([6, 1, 2, 7, 0]), None
+    whole, words = (
+        Place(*(bits(torch.zeros(1, 8, 2, head_dim, dtype=dtype)) for _ in "kv"), slots, table) for _ in "ab"
+    )
+    put(whole, k, v)
+    put_words(words, k, v)
+    assert torch.equal(whole.keys, words.keys) and torch.equal(whole.values, words.values)
+    assert torch.equal(words.keys[0, 6], bits(k)[0, 0]) and not words.keys[0, 3].any()

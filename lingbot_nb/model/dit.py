@@ -4,7 +4,7 @@ No mask and no cache is the teacher, a mask is training, a cache is streaming. P
 checkpoint's own names, so its state dict loads as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,15 @@ from lingbot_nb.presets import PATCH, ModelSize
 
 Film = tuple[Tensor, Tensor]
 """Camera scale and shift of one layer, each [B, L, D]."""
+
+
+Pick = Callable[[Tensor], Tensor]
+"""[B, L, C] -> some of the tokens, or more."""
+
+
+def everything(x_BLC: Tensor) -> Tensor:
+    """All tokens, as they are."""
+    return x_BLC
 
 
 class Time(NamedTuple):
@@ -298,15 +307,16 @@ class DiT(nn.Module):
             )
         return row
 
-    def camera_tokens(self, control_BCFHW: Tensor) -> Tensor:
-        """Camera tokens [B, L, D] of control channels [B, 64 * control_channels, F, H, W]; shared by all layers."""
+    def camera_tokens(self, control_BCFHW: Tensor, part: Pick = everything) -> Tensor:
+        """Camera tokens [B, L, D] of control channels [B, 64 * control_channels, F, H, W]; shared by all layers. Of
+        `part` of the tokens only, if it is given."""
         expected = self.size.control_features // (PATCH[1] * PATCH[2])
         if not expected or control_BCFHW.shape[1] != expected:
             raise ValueError(
                 f"control has {control_BCFHW.shape[1]} channels, this model takes {expected}: build it for "
                 f"{self.size.control_channels} channels a pixel"
             )
-        tokens = self.patch_embedding_wancamctrl(_patches(control_BCFHW))
+        tokens = self.patch_embedding_wancamctrl(part(_patches(control_BCFHW)))
         hidden = F.silu(self.c2ws_hidden_states_layer1(tokens))
         return tokens + self.c2ws_hidden_states_layer2(hidden)
 
@@ -368,14 +378,16 @@ class DiT(nn.Module):
             x = recompute(layer, *inputs, use_reentrant=False) if checkpoint else layer(*inputs)
         return self.velocity(x, time, grid)
 
-    def tokens(self, latent_BCFHW: Tensor) -> Tensor:
-        """Latent and condition channels together [B, 36, F, H, W] as tokens [B, L, D], fp32: what the layers turn."""
-        return _linear_patch(self.patch_embedding, _patches(latent_BCFHW)).float()
+    def tokens(self, latent_BCFHW: Tensor, part: Pick = everything) -> Tensor:
+        """Latent and condition channels together [B, 36, F, H, W] as tokens [B, L, D], fp32: what the layers turn. Of
+        `part` of the tokens only, if it is given."""
+        return _linear_patch(self.patch_embedding, part(_patches(latent_BCFHW))).float()
 
-    def velocity(self, x_BLD: Tensor, time: Time, grid: tuple[int, int, int]) -> Tensor:
-        """What the last layer left, as velocity [B, 16, F, H, W], fp32. `grid`: tokens as (frames, height, width)."""
+    def velocity(self, x_BLD: Tensor, time: Time, grid: tuple[int, int, int], whole: Pick = everything) -> Tensor:
+        """What the last layer left, as velocity [B, 16, F, H, W], fp32. `grid`: tokens as (frames, height, width).
+        `whole` makes all tokens' of a part's: of the 64 numbers that a token ends in, not of its D."""
         with torch.autocast(x_BLD.device.type, enabled=False):
-            return _unpatch(self.head(x_BLD, time.head), grid)
+            return _unpatch(whole(self.head(x_BLD, time.head)), grid)
 
     def _check(self, latent: Tensor, mask: FrameMask | None, cache, positions) -> None:
         frames, height, width = latent.shape[2:]

@@ -329,7 +329,7 @@ class FusedDiT:
     @torch.no_grad()
     def film(self, control_BCFHW: Tensor) -> list[Film]:
         """Per layer, the camera's scale and shift [B, L, D]: see DiT.film."""
-        camera = self.share.part(self._dit.camera_tokens(control_BCFHW))
+        camera = self._dit.camera_tokens(control_BCFHW, self.share.part)
         return [self._film(layer, camera) for layer in self.layers]
 
     @torch.no_grad()
@@ -350,9 +350,8 @@ class FusedDiT:
         last = len(self.layers) - 1
         x = self._leave(self.share, self.layers[last], x, *self._given(last, handed, moment, text, chunks))
         time = Time(moment.time.head[:, -1:], moment.time.layers)
-        return self._dit.velocity(
-            self.share.whole(x.chunk(len(chunks), dim=1)[-1]), time, self._grid(chunks[-1].latent)
-        )
+        x = x.chunk(len(chunks), dim=1)[-1]
+        return self._dit.velocity(x, time, self._grid(chunks[-1].latent), self.share.whole)
 
     @torch.no_grad()
     def write(self, moment: Moment, text: Text, chunk: Given) -> None:
@@ -383,7 +382,8 @@ class FusedDiT:
         return ys, moment.layers[index][2:], text.layers[index], films
 
     def _tokens(self, chunk: Given) -> Tensor:
-        return self.share.part(self._dit.tokens(torch.cat([chunk.latent.float(), chunk.condition.float()], dim=1)))
+        latent = torch.cat([chunk.latent.float(), chunk.condition.float()], dim=1)
+        return self._dit.tokens(latent, self.share.part)
 
     @staticmethod
     def _start(index: int, moment: Moment, chunks: Sequence[Given]) -> tuple:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lingbot_nb.distill import parallel
 from lingbot_nb.model.dit import Attention
 from lingbot_nb.model.fused import ALONE, USUAL, Alone, Format, Kernel, Raw, raw_of, turn
-from lingbot_nb.model.kv_cache import Place, Sight, bits, put
+from lingbot_nb.model.kv_cache import Place, Sight, bits, put_words
 from lingbot_nb.model.rope import RopeTable
 from lingbot_nb.presets import ModelSize
 
@@ -93,7 +93,7 @@ class HeadShare(Alone):
         if isinstance(handed, Raw):
             handed = self._packed(handed, sight.place(layer))
         q, k, v, *unturned_k = self._exchanged(handed).flatten(0, 1).unsqueeze(0).unbind(2)
-        put(sight.place(layer), k, v)
+        put_words(sight.place(layer), k, v)
         if unturned_k:
             sight.keep_sink(layer, *unturned_k)
         return q
