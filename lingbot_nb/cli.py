@@ -262,6 +262,7 @@ def _add_bench_stream(benches) -> None:
     add("--fp8", action="store_true", help="products in 8-bit floating point")
     add("--fp8-attention", action="store_true", help="self-attention and its cache in 8-bit floating point as well")
     add("--merge", action="store_true", help="the clean pass and the next chunk's first step as one pass")
+    add("--first", action="store_true", help="recorded passes before the decoder where both want the GPU")
     add("--no-clean-pass", action="store_true", help="the past is what the last step wrote")
     add("--each-clean-pass", action="store_true", help="rows also with it merged, and without it")
     add("--decoder", choices=("taehv", "wan", "wan-plain"), help="default: the tiny world's own, else a TAEHV")

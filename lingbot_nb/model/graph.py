@@ -100,11 +100,16 @@ def _told(error: Exception) -> str:
 
 
 class Recorder:
-    """Makes functions that repeat themselves as CUDA graphs out of one pool of memory: no two of them run at once."""
+    """Makes functions that repeat themselves as CUDA graphs out of one pool of memory: no two of them run at once.
 
-    def __init__(self):
+    `first`: where other work wants the GPU too, their kernels come before its.
+    """
+
+    def __init__(self, *, first: bool = False):
         self.pool = torch.cuda.graph_pool_handle()
         self.failed = False
+        # A recorded kernel keeps the priority of the stream that it was recorded on, wherever it is replayed.
+        self.recording_stream = torch.cuda.Stream(priority=-1) if first else None
         self._side = torch.cuda.Stream()
 
     def repeated(self, run: Callable[[], Any]) -> "Repeated":
@@ -152,7 +157,8 @@ class Repeated:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads (a process group's watchdog, say) may ask the device things meanwhile.
-            with torch.cuda.graph(graph, pool=self._recorder.pool, capture_error_mode="thread_local"):
+            how = dict(pool=self._recorder.pool, stream=self._recorder.recording_stream)
+            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
                 outcome = self._run()
         except torch.OutOfMemoryError:
             raise

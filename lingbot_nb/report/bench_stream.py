@@ -453,6 +453,7 @@ RUNGS = {
     "fp8": "fp8 products",
     "fp8_attention": "fp8 attention",
     "merge": "clean pass merged",
+    "first": "passes before the decoder",
 }
 """What each of Speed's options adds, in the order in which a ladder adds them."""
 
@@ -462,7 +463,7 @@ def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
     climbed = Speed(**dict.fromkeys(RUNGS, False))
     yield "work that no step changes, once", climbed
     for option, name in RUNGS.items():
-        if getattr(speed, option) and (option not in ("graph", "kernel") or device.type == "cuda"):
+        if getattr(speed, option) and (option not in ("graph", "kernel", "first") or device.type == "cuda"):
             climbed = replace(climbed, **{option: True})
             yield name, climbed
 
@@ -681,7 +682,7 @@ def _release() -> None:
 
 def _engine(net, order: "Order", steps: int) -> Engine:
     preset, speed = order.preset, order.speed
-    options = dict(graph=speed.graph, merge=speed.merge, clean_pass=order.clean_pass)
+    options = dict(graph=speed.graph, merge=speed.merge, first=speed.first, clean_pass=order.clean_pass)
     return Engine(net, preset.stream, preset.shape, _schedule(preset, steps), **options)
 
 
@@ -877,6 +878,7 @@ def order_of(options: argparse.Namespace) -> Order:
             merge=options.merge,
             fp8_attention=options.fp8_attention,
             kernel=not options.no_kernel,
+            first=options.first,
         ),
         chunks=options.chunks,
         plain_chunks=options.plain_chunks,

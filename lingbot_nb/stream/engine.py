@@ -57,7 +57,8 @@ class Speed:
     floating point (approximate). fp8_attention: self-attention and its cache too, where there is a kernel for it.
     kernel: norm, rotation and cache write of queries and keys by a kernel of our own, where it runs (a GPU, bf16).
     merge: the clean pass and the next chunk's first step as one pass (more frames a second, but later ones: each waits
-    for a pass that could have run after it was shown).
+    for a pass that could have run after it was shown). first: recorded passes before whatever else wants the GPU, which
+    is the decoder.
     """
 
     compile: bool = True
@@ -67,6 +68,7 @@ class Speed:
     merge: bool = False
     fp8_attention: bool = False
     kernel: bool = True
+    first: bool = False
 
 
 SMALL = Speed(compile=False, graph=False)
@@ -189,6 +191,7 @@ class Engine:
         *,
         graph: bool = True,
         merge: bool = False,
+        first: bool = False,
         clean_pass: bool = True,
         mark: Mark = _unmarked,
         cache: KVCache | None = None,
@@ -204,7 +207,7 @@ class Engine:
         self._holds: dict[int, Given] = {}
         self._held: Given | None = None
         self._text = None
-        self._repeated = Recorder().repeated if graph and net.device.type == "cuda" else _by_any_key
+        self._repeated = Recorder(first=first).repeated if graph and net.device.type == "cuda" else _by_any_key
         self._make_films, self._denoise, self._clean = (
             self._repeated(stage) for stage in (self._films_now, self._denoise_now, self._clean_now)
         )

@@ -343,7 +343,9 @@ class Session:
         if self.speed is None:
             stream = Plain(*arguments, cache=cache)
         else:
-            stream = Engine(*arguments, graph=self.speed.graph, merge=self.speed.merge, cache=cache)
+            stream = Engine(
+                *arguments, graph=self.speed.graph, merge=self.speed.merge, first=self.speed.first, cache=cache
+            )
         stream.prompt(self._states)
         return stream
 
