@@ -21,8 +21,7 @@ class Compiler:
     """
 
     def __init__(self, backend: str | Callable = "inductor"):
-        # The default is a temporary folder: a machine that starts anew would compile anew.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lingbot_nb" / "inductor"))
+        keep_what_is_compiled()
         # Every chunk length, picture size and number format is a compilation of its own.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.failed = False
@@ -52,6 +51,14 @@ class Compiler:
             f"torch.compile of '{function.__name__}' failed, all runs uncompiled and slower: {_told(error)}",
             stacklevel=3,
         )
+
+
+def keep_what_is_compiled() -> None:
+    """Inductor's cache in the home folder, unless a place was chosen for it. The default is a temporary folder, where a
+    machine that starts anew would compile anew; whatever compiled before us has already written that down as chosen."""
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not chosen or Path(chosen).name.startswith("torchinductor_"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "lingbot_nb" / "inductor")
 
 
 FUSE_MORE = {"realize_acc_reads_threshold": 32, "realize_opcount_threshold": 100}
