@@ -136,6 +136,21 @@ def test_speed_ladder_says_each_gain_and_marks_each_floor():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "+ x"]
 
 
+def test_speed_waterfall_stacks_stages_and_puts_the_decoder_beside_the_last():
+    rows = [
+        dict(
+            name="plain", period=170.0, floor=90.0, stages={"camera": 20, "steps": 100, "clean pass": 50, "decode": 30}
+        ),
+        dict(name="+ x", period=120.0, floor=90.0, stages={"camera": 10, "steps": 70, "clean pass": 40, "decode": 35}),
+    ]
+    ax = figures.speed_waterfall(rows, title="one GPU")
+    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert bars == [(0, 20), (0, 10), (20, 100), (10, 70), (120, 50), (80, 40), (120, 30), (80, 35)]
+    assert [text.get_text().strip() for text in ax.texts] == ["arithmetic floor", "170", "120"]
+    assert [line[0, 0] for line in ax.collections[0].get_segments()] == [90.0, 90.0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "+ x"]
+
+
 def test_loss_curves_smooth_without_starting_at_zero():
     ax = figures.loss_curves({"student": (range(5), [2.0] * 5)}, smooth=0.9)
     np.testing.assert_allclose(ax.lines[-1].get_ydata(), [2] * 5)

@@ -388,6 +388,36 @@ def speed_ladder(rows: Sequence[Mapping], *, title: str = "", ax: Axes | None = 
     return ax
 
 
+@styled
+def speed_waterfall(
+    rows: Sequence[Mapping], *, beside: str = "decode", title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Where the milliseconds of a steady chunk go on each rung: stage after stage, and below them, thin, the one that
+    runs `beside` the last stage, its own length long. A red mark is the rung's arithmetic floor.
+
+    rows: as `bench_stream` saves them, in order: name, stages in ms, floor and period in ms.
+    """
+    ax = _axes(ax, 8.5, 1.3 + 0.34 * len(rows))
+    stages = [name for name in dict.fromkeys(name for row in rows for name in row["stages"]) if name != beside]
+    places, start = np.arange(len(rows)), np.zeros(len(rows))
+    for index, stage in enumerate(stages):
+        begun, span = start, np.array([row["stages"].get(stage, 0.0) for row in rows])
+        ax.barh(places, span, left=begun, height=0.5, color=_stage_colour(stage, index), label=stage)
+        start = begun + span
+    others = [row["stages"].get(beside, 0.0) for row in rows]
+    ax.barh(places + 0.36, others, left=begun, height=0.16, color=_stage_colour(beside, 0), label=f"{beside}, beside")
+    floors = [row["floor"] for row in rows]
+    ax.vlines(floors, places - 0.32, places + 0.44, color="#c1121f", lw=1.5)
+    ax.text(floors[0], -0.4, "arithmetic floor ", color="#c1121f", fontsize=8, ha="right", va="bottom")
+    for place, row, end in zip(places, rows, start, strict=True):
+        ax.text(end, place, f" {row['period']:.0f}", va="center", fontsize=8, color=INK)
+    ax.set_yticks(places, [row["name"] for row in rows])
+    ax.set(xlim=(0, 1.1 * max(*start, *floors)), ylim=(len(rows) - 0.4, -0.8), xlabel="ms since the chunk began")
+    ax.legend(ncols=3, fontsize=7, loc="upper center", bbox_to_anchor=(0.45, -0.16 - 0.4 / len(rows)))
+    ax.set_title(title, pad=8)
+    return ax
+
+
 def _stage_colour(stage: str, index: int) -> str:
     if "clean" in stage or "cache" in stage:
         return CLEAN
