@@ -304,3 +304,23 @@ def test_a_ladder_adds_one_option_at_a_time_and_ends_at_what_was_asked_for(small
         "+ fp8 products",
     ]
     assert all(row["floor"] > 0 for row in rows)
+
+
+def test_forty_chunks_in_bf16_are_compared_with_a_finer_path_and_tell_how_far_they_are(monkeypatch):
+    """The yardstick alone computes with 11 bits, while it computes, and in no other way than the plain path in fp32."""
+    dit, said, finer = bench_stream.random_dit(PRESET.model, CPU, torch.bfloat16), [], []
+    usual = bench_stream.Plain.denoise
+
+    def denoise(path, *given):
+        finer.append((isinstance(path, bench_stream.Yardstick), torch.backends.cuda.matmul.allow_tf32))
+        return usual(path, *given)
+
+    monkeypatch.setattr(bench_stream.Plain, "denoise", denoise)
+    before = torch.backends.cuda.matmul.allow_tf32
+    speed = Speed(compile=False, graph=False)
+    order = bench_stream.Order(PRESET, (2,), speed, check=12)
+    errors = bench_stream.compare(dit, fast(dit, speed), order, said.append)
+    assert [*errors] == ["plain", "engine"] and all(len(found) == 12 for found in errors.values())
+    assert 1e-3 < np.median(errors["engine"]) < 1.1 * np.median(errors["plain"]) < 0.1
+    assert finer == [(True, True), (False, before)] * 12 and torch.backends.cuda.matmul.allow_tf32 == before
+    assert [line.split(" chunks")[0] for line in said[:3]] == [f"compared {n} of 12" for n in (1, 6, 11)]

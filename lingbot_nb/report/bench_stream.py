@@ -563,6 +563,7 @@ def run(
             say(str(rate))
             found["rates"].append(asdict(rate))
             known.append(rate)
+        _release()
         return known
 
     plain = measured(linear_rates(preset, device, dtype))
@@ -638,6 +639,7 @@ def _name(net: FusedDiT, order: Order) -> str:
     # Asked for is not always had: without a kernel for it, attention stays as it was.
     name = "engine fp8" if order.speed.fp8 else "engine"
     name += " + fp8 attention" if net.share.format.dtype else ""
+    name += " first" if order.speed.first else ""
     return name + (" merged" if order.speed.merge else "")
 
 
