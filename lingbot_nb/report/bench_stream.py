@@ -491,6 +491,12 @@ def beyond_the_engine(order: Order, *, ranks: int = 1, value_bytes: int = 2) -> 
         yield "building the engine beside the network as it is", Need(both.weights)
     for _, climbed in rungs(speed, torch.device("cuda")) if order.ladder else ():
         yield "--ladder", needed(preset, climbed, ranks=ranks, value_bytes=value_bytes, beside=True)
+    if order.each_clean_pass:
+        merged = replace(speed, merge=True)
+        yield (
+            "--each-clean-pass",
+            needed(preset, merged, ranks=ranks, value_bytes=value_bytes, beside=bool(order.check)),
+        )
     if order.check:
         yield "--check", both + replace(plainly, weights=0, decoder=0)
 
