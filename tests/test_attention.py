@@ -123,6 +123,27 @@ def test_every_version_gives_its_output_alone(monkeypatch):
     assert [given[name](*qkv(4, 4)).item() for name in FLASH.values()] == [2, 3, 4]
 
 
+def test_nothing_learns_through_cudnn(monkeypatch):
+    pretend(monkeypatch, 9, ["flash_attn"])
+    monkeypatch.setattr(attention, "_found", attention._search())
+    named = [backend("cuda", head_dim=64, learns=learns) for learns in (False, True)]
+    assert named == ["cuDNN", "flash-attn-2"]
+    pretend(monkeypatch, 9, [])
+    monkeypatch.setattr(attention, "_found", attention._search())
+    assert attention._kernel("cuda", torch.bfloat16, 64, True).attend is attention.without_cudnn
+    asked = []
+    monkeypatch.setattr(attention, "_kernel", lambda *key: asked.append(key[-1]) or attention._PLAIN)
+    for grad in (False, True):
+        attend(*qkv(4, 4, grad=grad))
+    with torch.no_grad():
+        attend(*qkv(4, 4, grad=True))
+    assert asked == [False, True, False]
+
+
+def test_the_kernels_of_training_agree():
+    assert_same(attention.without_cudnn, attend_reference, qkv(12, 30, grad=True))
+
+
 def test_backend_without_a_gpu():
     assert backend("cpu") == "SDPA"
     if not torch.cuda.is_available():

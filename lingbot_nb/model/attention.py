@@ -20,11 +20,13 @@ bf16, 21 frames of 1560 tokens, chunk 3: 23 against 39 ms forward, 87 against 12
 
 
 class Kernel(NamedTuple):
-    """One way to compute unmasked attention on a GPU: its name, the call, and the head sizes it takes."""
+    """One way to compute unmasked attention on a GPU: its name, the call, the head sizes it takes, and whether its
+    gradients can be trusted."""
 
     name: str
     attend: Attend
     head_dims: frozenset[int]
+    trains: bool = True
 
 
 def attend_reference(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -47,6 +49,14 @@ def cudnn(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q_BLND, k_BLND, v_BLND)
+
+
+def without_cudnn(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor) -> Tensor:
+    """scaled_dot_product_attention by any of torch's own kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return sdpa(q_BLND, k_BLND, v_BLND)
 
 
@@ -99,6 +109,7 @@ def token_ranges(mask: FrameMask, tokens_per_frame: int) -> Ranges:
 
 
 _PLAIN = Kernel("SDPA", sdpa, frozenset())
+_TRAINS = Kernel("SDPA", without_cudnn, frozenset())
 
 
 def _first(outcome) -> Tensor:
@@ -153,26 +164,35 @@ def _search() -> tuple[Kernel, ...]:
     flash_4 = _imported("flash-attn-4", _flash_4, (64, 96, 128)) if generation in (9, 10, 11) else []
     flash_3 = _imported("flash-attn-3", _flash_3, range(64, 257, 64)) if generation == 9 else []
     flash_2 = _imported("flash-attn-2", _flash_2, range(8, 257, 8)) if generation >= 8 else []
-    # From Hopper on cuDNN's kernel is well ahead of flash-attn 2.
-    cudnn_here = [Kernel("cuDNN", cudnn, frozenset(range(8, 129, 8)))] if generation >= 9 else []
+    # From Hopper on cuDNN's kernel is well ahead of flash-attn 2. Now and then it returns nan where a length is no
+    # multiple of its tiles (torch 2.11: every 2,000 steps of the tiny world's teacher, whose clips are 1260 tokens),
+    # and trainings of others died of its backward; so nothing learns through it.
+    cudnn_here = [Kernel("cuDNN", cudnn, frozenset(range(8, 129, 8)), trains=False)] if generation >= 9 else []
     return (*flash_4, *flash_3, *cudnn_here, *flash_2)
 
 
-def _kernel(device_type: str, dtype: torch.dtype, head_dim: int) -> Kernel:
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        for kernel in kernels():
-            if head_dim in kernel.head_dims:
-                return kernel
-    return _PLAIN
+def _kernel(device_type: str, dtype: torch.dtype, head_dim: int, learns: bool) -> Kernel:
+    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return _PLAIN
+    for kernel in kernels():
+        if head_dim in kernel.head_dims and (kernel.trains or not learns):
+            return kernel
+    return _TRAINS if learns else _PLAIN
 
 
-def backend(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> str:
+def backend(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    learns: bool = False,
+) -> str:
     """Which kernel `attend` uses without a mask: "flash-attn-4", "flash-attn-3", "cuDNN", "flash-attn-2" or "SDPA".
 
-    Device: the GPU if there is one. With a mask it is FlexAttention on a GPU and SDPA with a dense mask elsewhere.
+    Device: the GPU if there is one. `learns`: with gradients, never cuDNN's. With a mask it is FlexAttention on a GPU
+    and SDPA with a dense mask elsewhere.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _kernel(device.type, dtype, head_dim).name
+    return _kernel(device.type, dtype, head_dim, learns).name
 
 
 def _tokens_per_frame(q_BLND: Tensor, k_BLND: Tensor, mask: FrameMask) -> int:
@@ -204,7 +224,8 @@ def attend(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, mask=None) -> Tensor:
     """
     q_BLND, k_BLND = q_BLND.to(v_BLND.dtype), k_BLND.to(v_BLND.dtype)
     if mask is None:
-        return _kernel(v_BLND.device.type, v_BLND.dtype, v_BLND.shape[-1]).attend(q_BLND, k_BLND, v_BLND)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BLND, k_BLND, v_BLND))
+        return _kernel(v_BLND.device.type, v_BLND.dtype, v_BLND.shape[-1], learns).attend(q_BLND, k_BLND, v_BLND)
     if isinstance(mask, FrameMask):
         mask = kernel_mask(mask, _tokens_per_frame(q_BLND, k_BLND, mask), q_BLND.device)
     if isinstance(mask, Ranges):
