@@ -260,13 +260,13 @@ def measured_rows():
 
 
 def test_needed_memory_is_what_was_measured():
-    """To 2.5 % or half a GiB, whichever is more (recorded rates of the bench may stay in memory), and on the safe side
+    """To 3 % or half a GiB, whichever is more (recorded rates of the bench may stay in memory), and on the safe side
     with what no allocator counts."""
     seen = list(measured_rows())
     assert len(seen) > 30
     for name, row, need in seen:
         told = name, row["name"]
-        assert need.tensors / GIB == pytest.approx(row["peak_gib"], rel=0.025, abs=0.5), told
+        assert need.tensors / GIB == pytest.approx(row["peak_gib"], rel=0.03, abs=0.5), told
         assert need.total / GIB > row["peak_gib"], told
 
 
