@@ -1,6 +1,7 @@
 """Recorded play is judged from its mp4 and its keys alone."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("av")
 from lingbot_nb import cli, presets
 from lingbot_nb.control.keys import format_keys, held, parse_keys
 from lingbot_nb.report import recordings
-from lingbot_nb.stream.player import Recorder
+from lingbot_nb.stream.player import Recorder, record
 from lingbot_nb.stream.session import lens
 
 FOCAL = 5 / np.tan(np.deg2rad(4.0))
@@ -52,6 +53,23 @@ def test_a_recording_begun_in_the_middle_starts_at_a_frame(tmp_path):
     assert len(take.film) == 17  # pixel frames 8 to 24 of the world: frame 2's last, then four whole frames
     row = recordings.examine({"walk": take})["parts"]["recording"]["walk"]
     assert row["length"] == 17 / 16 and "shift_right" not in row
+
+
+def test_less_than_a_second_has_no_drift(tmp_path):
+    take = recordings.read_take(recorded(tmp_path / "short.mp4", "l-12", focal=FOCAL, turn=4.0))
+    found = recordings.examine({"short": take})
+    row = found["parts"]["recording"]["short"]
+    assert row["sharpness"] == [] and row["shift_right"] == 1
+    assert "| sharpness, last / first second | – |" in recordings.table(found)
+    recordings.plt.close(recordings.figure(found))
+
+
+def test_a_recording_that_fails_leaves_nothing(tmp_path):
+    session = SimpleNamespace(prompt="", seed=0, steps=1, fps=16, shape=presets.TINY.shape)
+    frames = [np.zeros((96, 160, 3), np.uint8), np.zeros((48, 80, 3), np.uint8)]
+    with pytest.raises(ValueError, match="all frames share one size"):
+        record(session, frames, parse_keys("w-1"), tmp_path / "walk.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_makes_one_table_and_one_figure_of_a_folder(tmp_path, capsys):

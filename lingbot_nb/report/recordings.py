@@ -87,18 +87,17 @@ def examine(takes: Mapping[str, Take]) -> dict:
 
 
 def _scores(take: Take) -> dict:
-    lens = dict(focal=take.card.get("focal"))
-    if "turn" in take.card:
-        lens["turn"] = take.card["turn"]
+    lens = {name: take.card[name] for name in ("focal", "turn") if name in take.card}
     # One film has no spread over walks: its means stand alone.
     single = {name: _means(found) for name, found in film_scores(take.film[None], take.keys[None], **lens).items()}
     return single | {"length": len(take.film) / take.card["fps"], "about": take.card.get("about", "")}
 
 
 def _means(found):
-    if isinstance(found, list):
-        return [_means(one) for one in found] if found and isinstance(found[0], list | None) else found[0]
-    return found
+    """An interval's mean, or those of a list of intervals; a film of less than a second has an empty one."""
+    if not isinstance(found, list):
+        return found
+    return found[0] if found and isinstance(found[0], float) else [_means(one) for one in found]
 
 
 def table(found: Mapping) -> str:

@@ -108,9 +108,6 @@ def cell(found, row: Row) -> str:
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
 
 
-# ---- the figure ------------------------------------------------------------------------------------------------------
-
-
 def conditions(found: Mapping) -> str:
     """One line a machine: which trials it held, on how many walks."""
     held: dict[str, list[str]] = {}
@@ -118,6 +115,9 @@ def conditions(found: Mapping) -> str:
         held.setdefault(machine, []).append(part)
     walks = f"{found['about']['clips']} held-out walks"
     return "\n".join(f"{', '.join(parts)}: {walks} · {machine}" for machine, parts in held.items())
+
+
+# ---- the figure ------------------------------------------------------------------------------------------------------
 
 
 @figures.styled

@@ -171,9 +171,13 @@ def record(session, frames: np.ndarray, keys: np.ndarray, path: Path) -> Path:
     """Keep what `play_script` made of `keys` [n, 8] from the start image on, as a player's Record button would."""
     rest = len(frames) - 1 - len(keys)  # the last chunk was filled up with no key
     recorder = recorder_of(session, path, fps=session.fps)
-    for frame, row in zip(frames, np.pad(keys, ((1, rest), (0, 0))), strict=True):
-        recorder.append(frame, row)
-    return recorder.close()
+    try:
+        for frame, row in zip(frames, np.pad(keys, ((1, rest), (0, 0))), strict=True):
+            recorder.append(frame, row)
+        return recorder.close()
+    except BaseException:
+        recorder.discard()
+        raise
 
 
 class Player:
