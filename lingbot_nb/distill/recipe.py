@@ -26,7 +26,7 @@ from lingbot_nb.distill import flow, parallel, tokenizer, train
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.distill.still import halts_of, still_step
-from lingbot_nb.model import checkpoint
+from lingbot_nb.model import checkpoint, growth
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText, map_prompt
 from lingbot_nb.model.vae import TinyVAE, VAESize
@@ -72,7 +72,7 @@ class Recipe:
     kl: float = 5e-4
     map: str = SimulatorSettings.map
     teacher_from: Path | None = None
-    """Weights that the teacher goes on from instead of from nothing."""
+    """Weights that the teacher goes on from instead of from nothing, of as many layers or fewer."""
     compile: bool = True
     one_graph: bool = False
     """Compile a stage's forward and loss as one graph instead of layer by layer: fewer launches, longer compiling."""
@@ -85,6 +85,10 @@ LOG_EVERY = 10
 SKIPS = 3
 """Steps of a stage that may meet nan: a teacher of a second map met it once in 2,420 steps and was lost, though a step
 on one bad batch moves nothing."""
+
+
+GOING_ON = 0.5
+"""Of the learning rate, for a teacher that does not begin from nothing."""
 
 
 class Bench:
@@ -232,9 +236,11 @@ def state_for(bench: Bench, role: str, dit: DiT, lr: float, average: float) -> t
 
 
 def train_teacher(bench: Bench) -> None:
-    budget, dit = bench.recipe.teacher, bench.dit()
+    budget, dit, made = bench.recipe.teacher, bench.dit(), {}
     if bench.recipe.teacher_from:
-        checkpoint.load_into(bench.recipe.teacher_from, dit)
+        deeper = partial(growth.deeper, layers=dit.size.layers)
+        made["made_from"] = checkpoint.load_into(bench.recipe.teacher_from, dit, deeper)
+        budget = replace(budget, lr=GOING_ON * budget.lr)
     parallel.same_start(dit)
     state = state_for(bench, "teacher", dit, budget.lr, 0.999)
     draws = bench.generator(3)
@@ -242,7 +248,8 @@ def train_teacher(bench: Bench) -> None:
     options = dict(precision=bench.precision, compile=around_loss(bench), record=bench.record(state.generator, draws))
     step = train.teacher_step(compiled(bench, dit), batches, shift=bench.preset.flow.shift, **options)
     run_fit(bench, "teacher", step, state, budget, train.warmup_decay(0.02, 0.45))
-    bench.keep("teacher.safetensors", state.averages["teacher"].module, budget, kind="teacher", steps=state.step)
+    card = dict(kind="teacher", steps=state.step, **made)
+    bench.keep("teacher.safetensors", state.averages["teacher"].module, budget, **card)
 
 
 def train_causal(bench: Bench) -> None:

@@ -6,6 +6,7 @@ Released LingBot folders are another matter; this file knows only what the workb
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,8 +45,11 @@ def annotate(path: Path | str, **entries) -> None:
     os.replace(partial, card_path(path))
 
 
-def load_into(path: Path | str, module: nn.Module) -> dict:
-    """Fills `module` strictly from `path` and returns the card.
+State = dict[str, torch.Tensor]
+
+
+def load_into(path: Path | str, module: nn.Module, fit: Callable[[State], State] = lambda state: state) -> dict:
+    """Fills `module` strictly from `path`, whose tensors `fit` may change first, and returns the card.
 
     Raises FileNotFoundError, or ValueError when the bytes do not match the card's sha256 or names or shapes differ.
     """
@@ -54,7 +58,7 @@ def load_into(path: Path | str, module: nn.Module) -> dict:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise ValueError(f"weights {path} do not match the sha256 in {card_path(path).name}: fetch or train them again")
-    state = load(data)
+    state = fit(load(data))
     _check_names(path, state, module.state_dict())
     module.load_state_dict(state)
     return card

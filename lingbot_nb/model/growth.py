@@ -1,0 +1,41 @@
+"""A deeper transformer that begins as a trained shallower one: new layers that at first leave everything as it is.
+
+Net2DeeperNet (arXiv 1511.05641) for residual layers: a new layer is a copy of the one below it whose last maps are zero,
+so it adds nothing until it has learnt to.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+LAST_MAPS = ("self_attn.o", "cross_attn.o", "ffn.2", "cam_scale_layer", "cam_shift_layer")
+"""The maps through which a layer reaches the residual stream."""
+
+
+def deeper(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A DiT's state dict with `layers` layers that computes exactly what `state` does; new layers spread evenly.
+
+    Raises ValueError where `state` already has more layers.
+    """
+    have = depth(state)
+    if layers < have:
+        raise ValueError(f"weights of {have} layers do not fit into {layers}: choose a preset of at least {have} layers")
+    grown = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for place in range(layers):
+        source = place * have // layers
+        fresh = place > 0 and source == (place - 1) * have // layers
+        for name, tensor in _layer(state, source).items():
+            ends = fresh and name.startswith(LAST_MAPS)
+            grown[f"blocks.{place}.{name}"] = tensor.new_zeros(tensor.shape) if ends else tensor.clone()
+    return grown
+
+
+def depth(state: Mapping[str, Tensor]) -> int:
+    """How many layers a DiT's state dict has."""
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+
+
+def _layer(state: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = f"blocks.{index}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
