@@ -7,12 +7,13 @@ where ViZDoom is installed, else read from `data/clips/`.
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lingbot_nb.model import checkpoint
+from lingbot_nb.model import checkpoint, growth
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText, map_prompt
 from lingbot_nb.model.vae import TinyVAE
@@ -43,9 +44,12 @@ def load_vae(run: Run) -> TinyVAE:
 
 
 def load_dit(run: Run, file: str) -> DiT:
-    """A DiT of the run's preset with the weights in `file`: "teacher.safetensors", "student.safetensors", …"""
+    """A DiT of the run's preset with the weights in `file`: "teacher.safetensors", "student.safetensors", …
+
+    Weights of fewer layers are deepened (`model.growth`): "tiny-large" begins where the tiny preset's networks ended.
+    """
     dit = DiT(run.preset.model)
-    checkpoint.load_into(run.find(file), dit)
+    checkpoint.load_into(run.find(file), dit, partial(growth.deeper, layers=run.preset.model.layers))
     return dit.to(device())
 
 

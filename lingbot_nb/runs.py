@@ -74,6 +74,11 @@ def runs_root() -> Path:
     return Path(os.environ.get(ROOT) or PROJECT / "papermill_runs").resolve()
 
 
+def shipped_folders(preset: presets.Preset) -> tuple[Path, ...]:
+    """Where a preset's shipped weights lie: its own folder first, then what it shares with the tiny preset."""
+    return (WEIGHTS / preset.name, WEIGHTS)
+
+
 class Run:
     """A run's folder: created if absent, then the one place where a notebook finds and leaves things.
 
@@ -130,7 +135,7 @@ class Run:
 
     def find(self, name: str) -> Path:
         """`name` in this run, else among the shipped weights; FileNotFoundError says which notebook makes it."""
-        for folder in (self.folder, WEIGHTS):
+        for folder in (self.folder, *shipped_folders(self.preset)):
             if (folder / name).exists():
                 return folder / name
         raise FileNotFoundError(f"'{name}' is neither in {self.folder} nor in {WEIGHTS}: run {_maker(name)} first")

@@ -164,6 +164,21 @@ def test_find_looks_in_the_run_then_among_shipped_weights(root, tmp_path, monkey
     assert run.find("teacher.safetensors") == run.folder / "teacher.safetensors"
 
 
+def test_a_presets_own_shipped_weights_go_before_those_it_shares(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WEIGHTS", tmp_path)
+    for file in (
+        tmp_path / "vae.safetensors",
+        tmp_path / "student.safetensors",
+        tmp_path / "micro/student.safetensors",
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    run = Run("x", "micro")
+    assert run.find("student.safetensors") == tmp_path / "micro" / "student.safetensors"
+    assert run.find("vae.safetensors") == tmp_path / "vae.safetensors"
+    assert Run("y", "tiny").find("student.safetensors") == tmp_path / "student.safetensors"
+
+
 @pytest.mark.parametrize(
     "name, notebook", [("student.safetensors", "05"), ("pairs/a.safetensors", "03"), ("x", "makes it")]
 )

@@ -6,12 +6,16 @@ Released LingBot folders are another matter; this file knows only what the workb
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save_file
 from torch import nn
+
+from lingbot_nb.model.packing import unpacked
+
+State = dict[str, torch.Tensor]
 
 
 def card_path(path: Path) -> Path:
@@ -21,18 +25,22 @@ def card_path(path: Path) -> Path:
 def save(path: Path | str, module: nn.Module, *, dtype: torch.dtype | None = None, **card) -> Path:
     """Writes a module's parameters and buffers, floating ones cast to `dtype`, and a card with `card`'s entries.
 
-    Both files are written to a temporary name and renamed, the card last: a card on disk means whole weights.
+    A card on disk means whole weights: see `write`.
     """
+    state = {name: _cast(tensor, dtype) for name, tensor in module.state_dict().items()}
+    return write(path, state, {**card, "parameters": sum(p.numel() for p in module.parameters())})
+
+
+def write(path: Path | str, state: State, card: Mapping) -> Path:
+    """Writes tensors and a card with their sha256, each to a temporary name and renamed, the card last."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: _cast(tensor, dtype) for name, tensor in module.state_dict().items()}
     partial = path.with_suffix(".partial")
     save_file(state, partial)
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    parameters = sum(p.numel() for p in module.parameters())
     card_path(path).unlink(missing_ok=True)
     os.replace(partial, path)
-    partial.write_text(json.dumps({**card, "parameters": parameters, "sha256": digest}, indent=1) + "\n")
+    partial.write_text(json.dumps({**card, "sha256": digest}, indent=1) + "\n")
     os.replace(partial, card_path(path))
     return path
 
@@ -45,11 +53,8 @@ def annotate(path: Path | str, **entries) -> None:
     os.replace(partial, card_path(path))
 
 
-State = dict[str, torch.Tensor]
-
-
 def load_into(path: Path | str, module: nn.Module, fit: Callable[[State], State] = lambda state: state) -> dict:
-    """Fills `module` strictly from `path`, whose tensors `fit` may change first, and returns the card.
+    """Fills `module` strictly from `path`, packed or not, whose tensors `fit` may change first; returns the card.
 
     Raises FileNotFoundError, or ValueError when the bytes do not match the card's sha256 or names or shapes differ.
     """
@@ -58,7 +63,7 @@ def load_into(path: Path | str, module: nn.Module, fit: Callable[[State], State]
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise ValueError(f"weights {path} do not match the sha256 in {card_path(path).name}: fetch or train them again")
-    state = fit(load(data))
+    state = fit(unpacked(load(data)))
     _check_names(path, state, module.state_dict())
     module.load_state_dict(state)
     return card

@@ -1,7 +1,7 @@
 """A deeper transformer that begins as a trained shallower one: new layers that at first leave everything as it is.
 
-Net2DeeperNet (arXiv 1511.05641) for residual layers: a new layer is a copy of the one below it whose last maps are zero,
-so it adds nothing until it has learnt to.
+Net2DeeperNet (arXiv 1511.05641) for residual layers: a new layer is a copy of the one below it whose last maps are
+zero, so it adds nothing until it has learnt to.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,16 @@ LAST_MAPS = ("self_attn.o", "cross_attn.o", "ffn.2", "cam_scale_layer", "cam_shi
 
 
 def deeper(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A DiT's state dict with `layers` layers that computes exactly what `state` does; new layers spread evenly.
+    """A DiT's state dict with `layers` layers that computes exactly what `state` does; new layers spread evenly. What
+    has no layers comes back as it is.
 
     Raises ValueError where `state` already has more layers.
     """
     have = depth(state)
     if layers < have:
-        raise ValueError(f"weights of {have} layers do not fit into {layers}: choose a preset of at least {have} layers")
+        raise ValueError(f"weights of {have} layers do not fit into {layers}: choose a deeper preset")
+    if not have:
+        return dict(state)
     grown = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for place in range(layers):
         source = place * have // layers
@@ -32,10 +35,9 @@ def deeper(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 def depth(state: Mapping[str, Tensor]) -> int:
     """How many layers a DiT's state dict has."""
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
 
 
 def _layer(state: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     prefix = f"blocks.{index}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-

@@ -110,6 +110,7 @@ def sweep(points: Iterable[Point], whole: Bench, folder: Path, held_out: int = 6
 # ---- what it looks like ----------------------------------------------------------------------------------------------
 
 AXES = {"steps": "optimiser steps", "clips": "walks to learn from", "parameters": "parameters"}
+MORE = {"steps": "steps", "clips": "walks", "parameters": "parameters"}
 
 
 def along(rows: Sequence[Mapping], name: str) -> list[Mapping]:
@@ -137,8 +138,9 @@ def figure(rows: Sequence[Mapping]) -> Figure:
     """PSNR over steps, walks and parameters, each alone; filled: the training that all three share."""
     drawn, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
     for letter, ax, (name, label) in zip("abc", axes, AXES.items(), strict=True):
+        # The scale first: it takes the place of ticks that are there.
+        ax.set(xscale="log", xlabel=label, title=f"{letter}  More {MORE[name]}")
         _curve(ax, along(rows, name), rows[0], name)
-        ax.set(xscale="log", xlabel=label, title=f"{letter}  More {label.split()[-1]}")
     axes[0].set_ylabel("PSNR by poses (dB)")
     axes[0].legend(title="after")
     return drawn

@@ -18,7 +18,7 @@ import numpy as np
 
 from lingbot_nb.control.camera import TINY_TURN
 from lingbot_nb.control.keys import KEYS
-from lingbot_nb.model import checkpoint
+from lingbot_nb.model import checkpoint, growth
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE
@@ -27,7 +27,7 @@ from lingbot_nb.report import metrics, trials
 from lingbot_nb.report.features import corpus_distance, corpus_frechet, export_films
 from lingbot_nb.report.judge import JUDGE, Judge, key_direction, load_judge, pressed, rounded
 from lingbot_nb.report.trials import Exam, Outcome, chunk_shift, counted, followers, interval, per_second, ratio
-from lingbot_nb.runs import WEIGHTS, write_json
+from lingbot_nb.runs import shipped_folders, write_json
 from lingbot_nb.stream.endless import FROZEN
 from lingbot_nb.world.clips import HELD_OUT_SEED, Clip, ClipStore
 
@@ -151,16 +151,22 @@ def draw_strips(file: Path, name: str, outcome: Outcome) -> None:
         score_view.save(score_view.strip(rows, title), pictures_of(file) / f"{name.replace('_', '-')}-{number}.jpg")
 
 
-def load_exam(weights: Path, clips: Sequence[Clip], *, preset: Preset, judge: Path = JUDGE, **options) -> Exam:
-    """An exam of the weights in a folder (a run's, or the shipped one), on the first GPU if there is one."""
+def weights_file(weights: Path | None, preset: Preset, file: str) -> Path:
+    """`file` in a folder of weights, else among the shipped ones."""
+    folders = ((weights,) if weights else ()) + shipped_folders(preset)
+    return next((folder for folder in folders if (folder / file).exists()), folders[0]) / file
+
+
+def load_exam(weights: Path | None, clips: Sequence[Clip], *, preset: Preset, judge: Path = JUDGE, **options) -> Exam:
+    """An exam of the weights in a folder (a run's; what it lacks, or None, are the shipped ones), on the first GPU if
+    there is one."""
     from lingbot_nb.parts import PROMPT, device
 
-    def found(file: str) -> Path:
-        return (weights if (weights / file).exists() else WEIGHTS) / file
+    found = partial(weights_file, weights, preset)
 
     def dit(file: str) -> DiT:
         made = DiT(preset.model)
-        checkpoint.load_into(found(file), made)
+        checkpoint.load_into(found(file), made, partial(growth.deeper, layers=preset.model.layers))
         return made.to(device()).eval().requires_grad_(False)
 
     vae = TinyVAE.from_file(found("vae.safetensors"), device()).requires_grad_(False)
@@ -195,7 +201,7 @@ def main() -> None:
     from lingbot_nb.report import figures, score_view
 
     parser = argparse.ArgumentParser(prog="lingbot_nb.report.scores", description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of vae, teacher, student: a run's")
+    parser.add_argument("--weights", type=Path, help="folder of vae, teacher, student (default: the shipped ones)")
     parser.add_argument("--data", type=Path, help="folder with held-out clips; default: walk them now")
     parser.add_argument("--clips", type=int, default=104)
     parser.add_argument("--out", type=Path, required=True, help="JSON; pictures go into a folder of its name")
@@ -218,7 +224,7 @@ def main() -> None:
     where = next(exam.student.parameters())
     about = {
         "conditions": figures.conditions(exam.preset, where.device, where.dtype),
-        "weights": checkpoint.read_card(args.weights / "student.safetensors")["sha256"],
+        "weights": checkpoint.read_card(weights_file(args.weights, exam.preset, "student.safetensors"))["sha256"],
         "judge": checkpoint.read_card(args.judge)["sha256"],
         "clips": len(clips), "seeds": [clips[0].seed, clips[-1].seed], "simulator": exam.simulate,
         "teacher_steps": args.teacher_steps, "walks": args.walks, "walk_seconds": args.walk_seconds, "seed": args.seed,
