@@ -28,7 +28,7 @@ from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, to_uint8
 from lingbot_nb.presets import LINGBOT, MICRO, StreamSettings
 from lingbot_nb.stream.engine import Engine, Plain, Speed, StreamingDiT, fast
 from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
-from lingbot_nb.stream.engine_memory import GIB, check_memory, needed
+from lingbot_nb.stream.engine_memory import GIB, check_memory, needed, taehv_maps, wan_maps
 from lingbot_nb.stream.session import Session
 
 SHAPE = MICRO.shape
@@ -477,6 +477,14 @@ def test_a_small_gpu_is_told_what_would_fit(gib, fits):
 
 def test_a_large_gpu_is_not_told_anything():
     assert check_memory(LINGBOT, 80 * GIB).total < 60 * GIB
+
+
+def test_the_decoder_that_plays_is_the_one_that_is_counted():
+    fast, wan = (needed(LINGBOT, decoder=decoder) for decoder in (taehv_maps, wan_maps))
+    between = (fast.total + wan.total) / 2
+    assert fast.decoder < wan.decoder and check_memory(LINGBOT, between, decoder=taehv_maps) == fast
+    with pytest.raises(RuntimeError, match="on each GPU.*are free: what would fit is"):
+        check_memory(LINGBOT, between, decoder=wan_maps)
 
 
 # -- several processes, GPUs ------------------------------------------------------------------------------------------

@@ -151,6 +151,15 @@ def test_speed_waterfall_stacks_stages_and_puts_the_decoder_beside_the_last():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "+ x"]
 
 
+def test_every_stage_of_a_waterfall_has_its_own_colour():
+    names = ("keys", "camera", "steps", "hand over", "clean pass", "decode")
+    row = dict(name="engine", period=60.0, floor=30.0, stages=dict.fromkeys(names, 10))
+    ax = figures.speed_waterfall([row])
+    assert len({bar.get_facecolor() for bar in ax.patches}) == len(names)
+    ax = figures.latency_waterfall([row["stages"]], budget_ms=250)
+    assert len({bar.get_facecolor() for bar in ax.patches}) == len(names)
+
+
 def test_loss_curves_smooth_without_starting_at_zero():
     ax = figures.loss_curves({"student": (range(5), [2.0] * 5)}, smooth=0.9)
     np.testing.assert_allclose(ax.lines[-1].get_ydata(), [2] * 5)

@@ -87,6 +87,8 @@ def test_two_processes_play_a_release(folder):
 def test_without_a_fast_decoder_the_wan_vae_decodes(folder):
     session = lingbot.open_release(folder, **options(folder, decoder=None))
     assert isinstance(session.vae, WanVAE) and play_script(session, "w-5").shape == (6, 32, 48, 3)
+    weight = session.vae.model.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
 
 
 def test_a_size_without_a_preset_takes_lingbots_schedule():

@@ -2,10 +2,13 @@
 
 import copy
 import re
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 pytest.importorskip("diffusers")
 
@@ -18,6 +21,7 @@ from lingbot_nb.model.wan_vae import (
     start_picture,
 )
 from lingbot_nb.presets import VideoShape
+from lingbot_nb.stream.engine_memory import wan_maps
 
 SECONDS = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 
@@ -277,3 +281,40 @@ def test_what_does_not_fit_is_told(vae, tmp_path):
         stream.decode(latents(batch=2))
     with pytest.raises(ValueError, match="are not .batch, 16, frames"):
         stream.decode(torch.zeros(1, 4, 1, 2, 3))
+
+
+class Watched(TorchDispatchMode):
+    """Bytes of all tensors that were made and still live, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        made = call(*args, **(kwargs or {}))
+        for tensor in (part for part in tree_iter(made) if isinstance(part, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+            if place and place not in self.sizes:
+                self.sizes[place] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, place)
+        self.most = max(self.most, self.now)
+        return made
+
+    def _freed(self, place):
+        self.now -= self.sizes.pop(place, 0)
+
+
+@torch.no_grad()
+def test_what_decoding_is_said_to_hold_is_what_it_holds():
+    """At the released width; the memory check counts 16-bit numbers, here they have 32."""
+    shape = VideoShape(64, 96, 9)
+    stream = WanVAE.build().channels_last().decoder_stream()
+    latent = torch.randn(1, 16, 1, 8, 12)
+    with Watched() as watched:
+        for _ in range(3):
+            stream.advance(latent)
+    assert watched.most / 2 == pytest.approx(wan_maps(shape), rel=0.04)
+    kept = sum(part.numel() for part in stream._features if isinstance(part, torch.Tensor))
+    assert watched.now == pytest.approx(4 * kept, rel=0.02)

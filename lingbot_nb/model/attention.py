@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lingbot_nb.model.graph import compile_often
 from lingbot_nb.model.masks import FrameMask
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,9 +74,7 @@ def flex(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, block_mask) -> Tensor:
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Every new length may be a new kernel. Past this limit torch falls back, with a mere warning, to an unfused form
-    # that holds all scores in memory.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compile_often()
     return torch.compile(flex_attention)
 
 

@@ -22,8 +22,7 @@ class Compiler:
 
     def __init__(self, backend: str | Callable = "inductor"):
         keep_what_is_compiled()
-        # Every chunk length, picture size and number format is a compilation of its own.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        compile_often()
         self.failed = False
         self._how = {"backend": backend, **({"options": FUSE_MORE} if backend == "inductor" else {})}
 
@@ -51,6 +50,13 @@ class Compiler:
             f"torch.compile of '{function.__name__}' failed, all runs uncompiled and slower: {_told(error)}",
             stacklevel=3,
         )
+
+
+def compile_often() -> None:
+    """Lets this process compile one function for many shapes and networks: every chunk length, picture size, number
+    format and width is a compilation of its own. At torch's limit of eight it would go on uncompiled, with a mere
+    warning, and FlexAttention in a form that holds all scores in memory."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def keep_what_is_compiled() -> None:

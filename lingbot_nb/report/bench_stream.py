@@ -56,7 +56,7 @@ from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.report.bench import synchroniser
 from lingbot_nb.stream.engine import SMALL, Engine, Plain, Speed, fast
 from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
-from lingbot_nb.stream.engine_memory import GIB, Need, check_memory, needed, needed_plainly
+from lingbot_nb.stream.engine_memory import GIB, Need, check_memory, needed, needed_plainly, taehv_maps, wan_maps
 from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.session import TINY, choose_dtype, live_path
 
@@ -471,7 +471,8 @@ def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
 def check_fits(order: Order, available: float, *, ranks: int = 1, value_bytes: int = 2) -> None:
     """RuntimeError where `available` bytes a GPU do not hold what `order` builds: it says what would fit, or which flag
     asks for too much."""
-    check_memory(order.preset, available, order.speed, ranks=ranks, value_bytes=value_bytes)
+    decoder = wan_maps if order.decoder in (wan_decoder, plain_wan_decoder) else taehv_maps
+    check_memory(order.preset, available, order.speed, ranks=ranks, value_bytes=value_bytes, decoder=decoder)
     for flag, need in beyond_the_engine(order, ranks=ranks, value_bytes=value_bytes):
         if need.total > available:
             raise RuntimeError(

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -34,6 +33,7 @@ from lingbot_nb.distill.long import joined
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
+from lingbot_nb.model.graph import compile_often
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE, to_uint8
 from lingbot_nb.parts import PROMPT
@@ -603,8 +603,7 @@ def main() -> None:
         write_json(args.summary, summary(args.out))
         print(table(summary(args.out)))
         return
-    # One process builds many networks; the compiler's default would give up on the ninth.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compile_often()
     lab, exam = prepared(args.data, args.weights, train_clips=args.clips, held_out=args.held_out)
     name = torch.cuda.get_device_name() if lab.device.type == "cuda" else "CPU"
     conditions = f"{name} · torch {torch.__version__} · {len(lab.clips)} clips · {len(exam.clips)} held-out walks"

@@ -425,7 +425,9 @@ def _stage_colour(stage: str, index: int) -> str:
         digits = "".join(c for c in stage if c.isdigit())
         shades = ("#2f6fb7", "#5d91cb", "#8ab1dc", "#b7d0ec")
         return shades[(int(digits) - 1) % len(shades) if digits else 0]
-    return {"decode": "#8a8a8a", "camera": "#9a5fb4", "film": "#9a5fb4"}.get(stage, _EXTRA[index % len(_EXTRA)])
+    taken = {"decode": "#8a8a8a", "camera": _EXTRA[0], "film": _EXTRA[0]}
+    # Whatever else there is begins after the camera's colour.
+    return taken.get(stage, _EXTRA[1 + index % (len(_EXTRA) - 1)])
 
 
 @styled

@@ -24,6 +24,7 @@ from lingbot_nb import presets
 from lingbot_nb.distill import recipe
 from lingbot_nb.distill.recipe import Bench, Recipe
 from lingbot_nb.model import checkpoint
+from lingbot_nb.model.graph import compile_often
 from lingbot_nb.presets import ModelSize
 from lingbot_nb.report import figures
 from lingbot_nb.report.architecture import markdown_table
@@ -164,8 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results and weights")
     parser.add_argument("--summary", type=Path, help="JSON of all rows; its figure goes beside it")
     args = parser.parse_args()
-    # One process builds many networks; the compiler's default would give up on the ninth.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compile_often()
     whole = Bench(Recipe(), args.data, args.out, seed=0)
     for file in (args.vae, checkpoint.card_path(args.vae)):
         shutil.copy(file, args.out / f"vae{file.suffix}")

@@ -1,6 +1,6 @@
 """What a stream needs on a GPU, known before anything is loaded, and what would fit where it does not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
@@ -14,10 +14,26 @@ PLAIN_NUMBERS = Speed()
 """Everything that makes a stream fast and leaves its numbers as they are."""
 _CONTEXT = 1.5 * GIB
 """What CUDA, its libraries and memory lost between allocations take."""
-_DECODER_MAPS = 12
+_TAEHV_MAPS = 12
 """Feature maps of 64 channels at full size that a TAEHV holds at once while it decodes, its convolutions' scratch
 included."""
+_WAN_MAPS = 52
+"""The same of the Wan VAE, of 96 channels: half of them what its convolutions keep of the last frames."""
 _SMALLER = ((720, 1280), (480, 832), (352, 640), (256, 448))
+
+
+def taehv_maps(shape: VideoShape) -> float:
+    """Bytes that a TAEHV of 16-bit numbers holds while it streams pictures of this size."""
+    return _TAEHV_MAPS * 2 * 64 * TIME_STRIDE * shape.height * shape.width
+
+
+def wan_maps(shape: VideoShape) -> float:
+    """Bytes that the Wan VAE's decoder in 16-bit numbers holds while it streams pictures of this size."""
+    return _WAN_MAPS * 2 * 96 * shape.height * shape.width
+
+
+Decoder = Callable[[VideoShape], float]
+"""Picture size -> bytes that decoding takes."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +69,19 @@ class Need:
 
 
 def needed(
-    preset: Preset, speed: Speed = PLAIN_NUMBERS, *, ranks: int = 1, value_bytes: int = 2, beside: bool = False
+    preset: Preset,
+    speed: Speed = PLAIN_NUMBERS,
+    *,
+    ranks: int = 1,
+    value_bytes: int = 2,
+    beside: bool = False,
+    decoder: Decoder = taehv_maps,
 ) -> Need:
     """What the engine needs for `preset` on each of `ranks` GPUs, with all that `speed` asks for, in a type of
     `value_bytes`; `beside` a plain network that stays on the GPU, whose tensors it uses where it does not rebuild them.
 
     Counted: all weights, the window's keys and values with the sink's second copy, a chunk's films, the largest
-    tensors of a pass and of a TAEHV. Raises ValueError for a stream without a window, which has no end.
+    tensors of a pass and of the decoder. Raises ValueError for a stream without a window, which has no end.
     """
     size, chunks = preset.model, 1 + speed.merge
     whole, products = _values(size)
@@ -70,7 +92,7 @@ def needed(
         cache=_cache(preset, 1 if speed.fp8_attention else value_bytes, value_bytes) / ranks,
         camera=chunks * _films(preset, value_bytes) / ranks,
         work=chunks * _work(preset, value_bytes) / ranks,
-        decoder=_decoder(preset.shape),
+        decoder=decoder(preset.shape),
     )
 
 
@@ -81,7 +103,7 @@ def needed_plainly(preset: Preset, *, value_bytes: int = 2) -> Need:
         cache=_cache(preset, value_bytes, value_bytes),
         camera=2 * _films(preset, value_bytes),
         work=_work(preset, value_bytes),
-        decoder=_decoder(preset.shape),
+        decoder=taehv_maps(preset.shape),
     )
 
 
@@ -116,18 +138,13 @@ def _work(preset: Preset, value_bytes: int) -> float:
     return _tokens(preset) * (8 * size.dim + value_bytes * (5 * size.dim + 2 * size.ffn_dim))
 
 
-def _decoder(shape: VideoShape) -> float:
-    return _DECODER_MAPS * 2 * 64 * TIME_STRIDE * shape.height * shape.width
-
-
-def check_memory(
-    preset: Preset, available: float, speed: Speed = PLAIN_NUMBERS, *, ranks: int = 1, value_bytes: int = 2
-) -> Need:
-    """What `preset` needs, if `available` bytes a GPU hold it; RuntimeError that says what would fit otherwise."""
-    need = needed(preset, speed, ranks=ranks, value_bytes=value_bytes)
+def check_memory(preset: Preset, available: float, speed: Speed = PLAIN_NUMBERS, **how) -> Need:
+    """What `preset` needs, if `available` bytes a GPU hold it; RuntimeError that says what would fit otherwise. `how`
+    are `needed`'s."""
+    need = needed(preset, speed, **how)
     if need.total <= available:
         return need
-    fitting = list(_alternatives(preset, available, speed, ranks, value_bytes))
+    fitting = list(_alternatives(preset, available, speed, how))
     raise RuntimeError(
         f"{_name(preset)} needs {need} on each GPU, and {available / GIB:.0f} GiB are free: "
         + (f"what would fit is {'; '.join(fitting)}" if fitting else "use the tiny preset, which runs on a CPU")
@@ -139,14 +156,14 @@ def _name(preset: Preset) -> str:
     return f"{preset.name} at {shape.height}x{shape.width} with window {stream.window}"
 
 
-def _alternatives(preset: Preset, available: float, speed: Speed, ranks: int, value_bytes: int) -> Iterator[str]:
+def _alternatives(preset: Preset, available: float, speed: Speed, how: Mapping) -> Iterator[str]:
     """The least that has to be given up of each kind: number format, window, picture size, model size."""
     narrow = replace(preset, stream=replace(preset.stream, window=preset.stream.sink + preset.stream.chunk))
     small = replace(preset, name=LINGBOT_1B.name, model=LINGBOT_1B.model)
     small_numbers = replace(speed, fp8=True, fp8_attention=True)
     for way in ([preset], [narrow], [*_lower(preset)], [*_lower(narrow)], [small, *_lower(small)]):
         for other, kind in product(way, dict.fromkeys((speed, small_numbers))):
-            need = needed(other, kind, ranks=ranks, value_bytes=value_bytes)
+            need = needed(other, kind, **how)
             if need.total <= available:
                 yield f"{_name(other)}{' in fp8' if kind != speed else ''}: {need.total / GIB:.0f} GiB"
                 break

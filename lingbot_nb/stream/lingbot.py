@@ -20,7 +20,7 @@ from lingbot_nb.model.text import WanText
 from lingbot_nb.model.wan_vae import WanVAE
 from lingbot_nb.presets import ModelSize, Preset, StreamSettings, VideoShape
 from lingbot_nb.stream.engine import Speed
-from lingbot_nb.stream.engine_memory import check_memory
+from lingbot_nb.stream.engine_memory import check_memory, taehv_maps, wan_maps
 from lingbot_nb.stream.engine_parallel import HeadShare
 from lingbot_nb.stream.remote import RemoteSession
 from lingbot_nb.stream.session import Session, fit_image
@@ -64,7 +64,8 @@ def open_release(
     preset = preset_for(report.check().size, height, width, stream)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        check_memory(preset, free, speed, ranks=share.ranks, value_bytes=dtype.itemsize)
+        decoding = wan_maps if decoder is None else taehv_maps
+        check_memory(preset, free, speed, ranks=share.ranks, value_bytes=dtype.itemsize, decoder=decoding)
     image = fit_image(start_image, preset.shape)
     vae = vae or _vae(folder, device, dtype)
     if decoder is not None:
@@ -103,4 +104,4 @@ def _vae(folder: str | Path, device: torch.device, dtype: torch.dtype) -> WanVAE
         raise FileNotFoundError(
             f"{folder} has no {released.COMPANIONS['VAE']}: put the release's file there, or pass a VAE as vae="
         )
-    return WanVAE.from_file(file, device=device, dtype=dtype)
+    return WanVAE.from_file(file, device=device, dtype=dtype).channels_last()
