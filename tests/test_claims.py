@@ -116,6 +116,12 @@ def test_the_views_show_every_arm_and_every_window(swept):
     plt.close(drawn)
 
 
+def test_seeds_stand_beside_each_other_where_there_are_several():
+    told = {"poses, 4": {at: {"by_seed": [20.0, 20.44]} for at in ("1", "4")}}
+    found = {"causal ODE": {"seeds": [0, 2], **told}, "causal model": {"seeds": [0], **told}}
+    assert claim_view.by_seed(found).splitlines()[2:] == ["| causal ODE | 20.0, 20.4 | 20.0, 20.4 |"]
+
+
 def test_an_equal_start_with_other_pairs_ends_elsewhere(place):
     lab, _ = place
     draws = torch.Generator().manual_seed(0)

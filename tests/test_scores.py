@@ -252,3 +252,21 @@ def test_play_is_seeded(exam):
 def test_a_second_has_no_later_ones_to_compare(exam, trial):
     with pytest.raises(ValueError, match="1 s is compared with its own first second: use 2 or more"):
         trial(exam, seconds=1)
+
+
+def test_cards_tell_what_shipped_weights_and_their_ancestors_reached(tmp_path):
+    def card(kind, sha, psnr=None, **more):
+        row = {"clips": 7, "psnr": {at: [psnr, psnr - 1, psnr + 1] for at in ("0.25", "1", "2", "4")}, "sharpness": 0.5}
+        held = {"held_out": {"4 steps": row, "standing": {"clips": 7}}} if psnr else {}
+        return {"preset": "tiny", "kind": kind, "parameters": 12_000_000, "sha256": sha} | held | more
+
+    teacher = card("teacher", "t", 22)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "teacher.json").write_text(json.dumps({**teacher, "sha256": "p", "packed_from": "t"}))
+    grown = card("causal teacher", "c", 24, made_from=teacher)
+    (tmp_path / "deep" / "student.json").write_text(json.dumps(card("student", "s", 26, made_from=grown)))
+    rows = [line.split(" | ") for line in score_view.cards(tmp_path).splitlines()[2:]]
+    # The teacher is shipped, packed: it is not named again as what the student was made from.
+    assert [row[0].strip("| ") for row in rows] == ["tiny, student", "tiny, teacher", "tiny, causal teacher (not here)"]
+    assert [row[5] for row in rows] == ["26.0 [25.0, 27.0]", "22.0 [21.0, 23.0]", "24.0 [23.0, 25.0]"]
+    assert rows[0][1:4] == ["4 steps", "12.0", "7"] and rows[0][8].strip(" |") == "0.50"

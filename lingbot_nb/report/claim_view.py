@@ -25,6 +25,16 @@ def paired(summary: Mapping[str, Mapping], mark: str = "poses, 4", horizons: Seq
     return markdown_table(("arm", *heads), rows)
 
 
+def by_seed(summary: Mapping[str, Mapping], mark: str = "poses, 4", horizons: Sequence[str] = ("1", "4")) -> str:
+    """How far an arm's seeds lie apart: their own means in dB, as Markdown, of arms that have several."""
+    several = {name: summary[name] for name in claims.known(summary) if len(summary[name]["seeds"]) > 1}
+    rows = [
+        (name, *(", ".join(f"{mean:.1f}" for mean in row[mark][at]["by_seed"]) for at in horizons))
+        for name, row in several.items()
+    ]
+    return markdown_table(("arm", *(f"dB at {at} s, seed by seed" for at in horizons)), rows)
+
+
 def windows(summary: Mapping[str, Mapping], horizons: Sequence[str] = ("1", "4")) -> str:
     """The reference arm under other windows than its own, as Markdown; sharpness and saturation are those of the last
     five seconds of a walk of twenty, relative to its first second."""

@@ -1,7 +1,8 @@
 """What a file of scores looks like: one table, one figure, and strips of the best, the median and the worst film."""
 
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,39 @@ def cell(found, row: Row) -> str:
     numbers = found[:3] if isinstance(found, list) else [found]
     mean, *bounds = (f"{number * row.factor:.{row.digits}f}" for number in numbers)
     return f"{mean} [{', '.join(bounds)}]" if bounds else mean
+
+
+def cards(folder: Path) -> str:
+    """What the cards of all weights in a folder and below hold of held-out walks, in Markdown: PSNR with 95 % intervals
+    over walks, and sharpness relative to the simulator's. Weights that those were made from follow them."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
+    known = {card.get("packed_from", card["sha256"]) for card in found}
+    here = [(_told(card), card) for card in found]
+    before = [(f"{_told(card)} (not here)", card) for card in _made_from(found) if card["sha256"] not in known]
+    rows = [(name, held, card, row) for name, card in here + before for held, row in card.get("held_out", {}).items()]
+    heads = ("weights", "walked in", "M parameters", "walks", *(f"dB at {at} s" for at in ("0.25", "1", "2", "4")))
+    return markdown_table(
+        (*heads, "sharpness"),
+        [
+            (
+                *(name, held, f"{card['parameters'] / 1e6:.1f}", row["clips"]),
+                *("{:.1f} [{:.1f}, {:.1f}]".format(*row["psnr"][at]) for at in ("0.25", "1", "2", "4")),
+                f"{row['sharpness']:.2f}",
+            )
+            for name, held, card, row in rows
+            if "psnr" in row
+        ],
+    )
+
+
+def _told(card: Mapping) -> str:
+    return f"{card['preset']}, {card['kind']}"
+
+
+def _made_from(cards: Iterable[Mapping]) -> Iterator[Mapping]:
+    for card in cards:
+        while card := card.get("made_from"):
+            yield card
 
 
 def conditions(found: Mapping) -> str:
