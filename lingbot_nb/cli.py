@@ -283,7 +283,7 @@ def _add_weights(commands) -> None:
 
 
 def _add_session(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--run", metavar="NAME", help="run whose student plays (default: the shipped weights)")
+    command.add_argument("--run", metavar="NAME", help="run whose student plays, or tiny-large (default: the shipped)")
     command.add_argument("--student", default="student.safetensors", metavar="FILE", help="weights, by name")
     command.add_argument("--steps", type=_positive, default=4, help="denoising steps a chunk")
     command.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ import pytest
 from fake_session import FakeSession, read_keys, read_number
 
 from lingbot_nb import cli, runs
-from lingbot_nb.presets import MICRO
+from lingbot_nb.presets import MICRO, TINY_LARGE
 from lingbot_nb.runs import Run
 from lingbot_nb.stream import commands
 from lingbot_nb.stream.movie import read_movie
@@ -91,6 +91,13 @@ def test_mistakes_are_one_sentence_and_leave_no_file(words, sentence, tmp_path, 
 def test_a_named_run_keeps_its_preset(root):
     Run("mine", MICRO)
     assert commands.open_run("mine").preset == MICRO
+
+
+def test_the_large_student_plays_by_its_presets_name(root, tmp_path, capsys):
+    assert commands.open_run("tiny-large").preset == TINY_LARGE
+    words = ["play", "--run", "tiny-large", "--keys", "w-4", "--steps", "1", "--out", str(tmp_path / "walk.mp4")]
+    assert cli.main(words) == 0
+    assert "tiny-large" in capsys.readouterr().out and (tmp_path / "walk.mp4").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("words", [["play"], ["bench"], ["bench", "play", "--chunk", "1,x"], ["play", "--steps", "0"]])

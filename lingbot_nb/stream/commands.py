@@ -129,11 +129,14 @@ def bench_endless(options: argparse.Namespace) -> int:
 
 
 def open_run(name: str | None) -> Run:
-    """The run called `name` with the preset it was made with; without a name one that has the shipped weights only."""
+    """The run called `name` with the preset it was made with. Without a name one that has the shipped weights only, and
+    for the name of a preset that has shipped weights of its own ("tiny-large") one that has those."""
     if not name:
         return Run(SHIPPED)
     folder = runs.runs_root() / name
     card = runs.read_card(folder)
+    if card is None and (runs.WEIGHTS / name).is_dir():
+        return Run(f"{SHIPPED}-{name}", name)
     if card is None:
         raise FileNotFoundError(f"there is no run '{name}' in {runs.runs_root()}: `list` names those there")
     return Run(folder, card["preset"])
