@@ -45,7 +45,6 @@ from lingbot_nb.distill.record import Loss, fresh
 from lingbot_nb.distill.train import known_frames
 from lingbot_nb.model import masks
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.lora import Adapted
 from lingbot_nb.presets import LATENT_CHANNELS, MASK_CHANNELS, SPACE_STRIDE, ModelSize, Preset, VideoShape
 from lingbot_nb.report.architecture import (
@@ -404,12 +403,8 @@ class RolesBench(Bench):
 
     def _rollout(self) -> train.OwnRollout:
         order = self.order
-
-        def make_cache(batch: Batch) -> GradCache:
-            options = dict(batch=len(batch), device=self.device)
-            return GradCache(order.preset.model, order.preset.stream, order.shape, **options)
-
-        return train.OwnRollout(self.student, order.preset.stream, order.steps, make_cache, checkpoint=True)
+        caches = train.grad_caches(replace(order.preset, shape=order.shape))
+        return train.OwnRollout(self.student, order.preset.stream, order.steps, caches, checkpoint=True)
 
 
 class WholeBench(Bench):
