@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingbot_nb.model import masks
+from lingbot_nb.model import masks, packing
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import LINGBOT, LINGBOT_1B, LINGBOT_ACT, MICRO, TINY, StreamSettings
@@ -146,6 +146,17 @@ def test_changes_are_relative_and_by_part(tmp_path):
     assert found.keys() == {"feed-forward", "self-attention"}
     assert found["feed-forward"].parameters == 70 and found["self-attention"] == arch.Change(35, 0.0)
     assert found["feed-forward"].relative == pytest.approx(0.25 * 35**0.5 / size, rel=1e-5)
+
+
+def test_changes_of_packed_weights_are_those_of_what_they_unpack_to(tmp_path):
+    name = "blocks.0.ffn.0.weight"
+    before = {name: torch.randn(256, 256), "head.modulation": torch.randn(1, 2, 48)}
+    after = {part: 1.5 * tensor for part, tensor in before.items()}
+    for file, state in (("before", before), ("after", after)):
+        save_file(packing.packed(state), tmp_path / f"{file}.safetensors")
+    found = arch.changes(*(tmp_path / f"{file}.safetensors" for file in ("before", "after")))
+    assert found["feed-forward"].parameters == 256**2
+    assert found["feed-forward"].relative == pytest.approx(0.5, abs=0.01)
 
 
 def test_measure_counts_runs_and_orders_percentiles():

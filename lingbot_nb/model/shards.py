@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+from lingbot_nb.model import packing
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating types that weights come in, by their names in a safetensors header."""
@@ -58,7 +61,8 @@ def metadata(path: Path | str) -> dict[str, str]:
 
 
 def tensors(path: Path | str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields `names` of a weight file with their data on the CPU, in the type they are stored in, one at a time."""
+    """Yields `names` of a weight file with their data on the CPU, in the type they are stored in, one at a time; those
+    that the workbook packed (`packing`) in fp32."""
     path = Path(path)
     if path.suffix in PICKLES:
         state = load_pickle(path)
@@ -67,7 +71,13 @@ def tensors(path: Path | str, names: Iterable[str]) -> Iterator[tuple[str, Tenso
     entries = _entries(path)[0]
     with open(path, "rb", buffering=0) as file:
         for name in sorted(names, key=lambda name: entries[name].start):
-            yield name, _read(file, path, name, entries[name])
+            packed = name + packing.SCALE in entries
+            yield name, _unpacked(path, name) if packed else _read(file, path, name, entries[name])
+
+
+def _unpacked(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return packing.unpacked({part: file.get_tensor(part) for part in (name, name + packing.SCALE)})[name]
 
 
 def write(path: Path | str, entries: Mapping[str, Entry], data: Iterable[tuple[str, Tensor]], **metadata: str) -> str:
