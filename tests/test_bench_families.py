@@ -1,5 +1,6 @@
 """Every family trains from the same start on a micro world and is judged the same way."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import torch
 
 from lingbot_nb.distill import train
+from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.presets import MICRO
+from lingbot_nb.parts import SHIPPED_CLIPS, shipped_clips
+from lingbot_nb.presets import MICRO, TINY
 from lingbot_nb.report import bench_families as bench
 from lingbot_nb.report.bench_training import random_clips
+from lingbot_nb.runs import PROJECT
 
 PRESET = replace(MICRO, shape=MICRO.shape.with_frames(3))
 
@@ -58,6 +62,24 @@ def test_the_gradient_reaches_the_student_and_not_the_teacher(world, family):
     assert all(p.grad is None for p in (*place.teacher.parameters(), *place.start.parameters()))
     before, after = place.start.parameters(), state.models["student"].parameters()
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_command_line_makes_a_place_whose_clips_do_not_judge():
+    """From the shipped clips, which are of one split, and the shipped weights; any of them can be the start."""
+    weights = PROJECT / "data" / "weights"
+    shared = dict(data=SHIPPED_CLIPS, weights=weights, start=weights / "student.safetensors", batch=3, frames=5)
+    place, exam = bench.prepared(Namespace(**shared, held_out=1, train=1))
+    judged, learnt = shipped_clips(2)
+    assert np.array_equal(exam.frames, [judged.frames]) and exam.batch.latents.shape[2] == TINY.shape.frames
+    assert place.clips.poses[0].cpu().numpy() == pytest.approx(learnt.poses[::4], abs=1e-6)
+    assert not torch.equal(place.clips.latents, exam.batch.latents) and (place.batch, place.frames) == (3, 5)
+    for file, dit in (("student", place.start), ("teacher", place.teacher)):
+        wanted = DiT(TINY.model)
+        checkpoint.load_into(weights / f"{file}.safetensors", wanted)
+        pairs = zip(dit.parameters(), wanted.parameters(), strict=True)
+        assert all(torch.equal(mine.cpu(), other) and not mine.requires_grad for mine, other in pairs)
+    with pytest.raises(ValueError, match="no clips left to learn from"):
+        bench.prepared(Namespace(**shared, held_out=100, train=1))
 
 
 def test_a_family_that_diverges_is_a_row(world):

@@ -290,6 +290,17 @@ def test_a_bench_is_told_which_flag_asks_for_more_than_a_gpu_holds():
         bench_stream.check_fits(order, 30 * GIB)
 
 
+@pytest.mark.parametrize("decoder", [bench_stream.wan_decoder, bench_stream.plain_wan_decoder])
+@pytest.mark.parametrize("flags", [dict(plain_chunks=2), dict(ladder=True), dict(check=40), dict(each_clean_pass=True)])
+def test_a_bench_counts_the_decoder_that_it_plays_with(flags, decoder):
+    """With each flag, too: a GPU that just holds it beside a TAEHV does not hold it beside the Wan VAE."""
+    order = replace(bench_stream.Order(LINGBOT, plain_chunks=0), **flags)
+    most = max(need.total for _, need in bench_stream.beyond_the_engine(order))
+    bench_stream.check_fits(order, most)
+    with pytest.raises(RuntimeError, match="the engine alone would fit"):
+        bench_stream.check_fits(replace(order, decoder=decoder), most)
+
+
 def test_the_shipped_ladder_has_all_rungs_next_to_a_floor_of_their_own():
     found = json.loads((PROJECT / "data/speed/lingbot-480p-1xH200.json").read_text())
     rows = [row for row in found["rows"] if row["steps"] == 4]

@@ -28,7 +28,7 @@ from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, to_uint8
 from lingbot_nb.presets import LINGBOT, MICRO, StreamSettings
 from lingbot_nb.stream.engine import Engine, Plain, Speed, StreamingDiT, fast
 from lingbot_nb.stream.engine_decoder import PictureStream, PlainPictures, picture_stream
-from lingbot_nb.stream.engine_memory import GIB, check_memory, needed, taehv_maps, wan_maps
+from lingbot_nb.stream.engine_memory import GIB, check_memory, needed, needed_plainly, taehv_maps, wan_maps
 from lingbot_nb.stream.session import Session
 
 SHAPE = MICRO.shape
@@ -485,6 +485,9 @@ def test_the_decoder_that_plays_is_the_one_that_is_counted():
     assert fast.decoder < wan.decoder and check_memory(LINGBOT, between, decoder=taehv_maps) == fast
     with pytest.raises(RuntimeError, match="on each GPU.*are free: what would fit is"):
         check_memory(LINGBOT, between, decoder=wan_maps)
+    for decoder, small in ((taehv_maps, fast), (wan_maps, wan)):
+        for count in (needed, needed_plainly):
+            assert count(LINGBOT, value_bytes=4, decoder=decoder).decoder == 2 * small.decoder
 
 
 # -- several processes, GPUs ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from test_engine import GPU, SHAPE, SLOW, STEPS, World, written_plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingbot_nb.model.fused import ALONE
-from lingbot_nb.model.graph import keep_what_is_compiled
+from lingbot_nb.model.graph import compile_often, keep_what_is_compiled
 from lingbot_nb.presets import StreamSettings
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.stream.engine import Engine, Speed, StreamingDiT
@@ -25,6 +25,13 @@ compiler = Compiler()
 compiler(lambda x: torch.nn.functional.rms_norm(x, (16,)) * 2 + x.sin())(torch.ones(8, 16))
 print(compiler.failed, *(counters["inductor"][f"fxgraph_cache_{what}"] for what in ("miss", "hit")))
 """
+
+
+@pytest.mark.parametrize(("limit", "then"), [(8, 64), (500, 500)])
+def test_compiling_often_raises_the_compilers_limit_and_never_lowers_it(limit, then):
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        compile_often()
+        assert torch._dynamo.config.recompile_limit == then
 
 
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):

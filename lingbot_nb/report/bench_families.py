@@ -13,27 +13,23 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lingbot_nb import presets
 from lingbot_nb.distill import dmd, f_distill, flow, gan, meanflow, scm, sid, train
 from lingbot_nb.distill.forcing import Info, Velocity, frame_t
-from lingbot_nb.model import checkpoint
 from lingbot_nb.model.dit import DiT
-from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import TinyVAE
-from lingbot_nb.parts import PROMPT, SHIPPED_CLIPS
+from lingbot_nb.parts import SHIPPED_CLIPS
 from lingbot_nb.presets import Preset
-from lingbot_nb.report import evaluation
+from lingbot_nb.report import claims, evaluation
 from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.world.clips import ClipStore
-from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
+from lingbot_nb.world.latents import Batch, LatentClips
 
 GAN_WEIGHT = 0.03
 """Weight of the adversarial term beside a score's."""
@@ -346,28 +342,14 @@ def main() -> None:
 def prepared(args: argparse.Namespace) -> tuple[Place, Exam]:
     """Weights and clips of the command line on the GPU if there is one. ValueError where no clips are left to learn
     from; clips that judge are never learnt from."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preset = presets.TINY
     known, others = (list(ClipStore(args.data, split=split)) for split in ("held-out", "train"))
     held_out, learnt = known[: args.held_out], (others or known[args.held_out :])[: args.train]
     if not held_out or not learnt:
         raise ValueError(f"{args.data} has no clips left to learn from beside {len(held_out)} held out: collect more")
-    vae = TinyVAE.from_file(args.weights / "vae.safetensors", device)
-    start, teacher = (DiT(preset.model, device=device).requires_grad_(False) for _ in range(2))
-    checkpoint.load_into(args.start, start)
-    checkpoint.load_into(args.weights / "teacher.safetensors", teacher)
-    precision = train.autocast(device) if device.type == "cuda" else train.fp32
-    encode = partial(_encoded, vae=vae, preset=preset, device=device)
-    place = Place(preset, start, teacher, encode(learnt), args.batch, args.frames, precision=precision)
-    clips = encode(held_out)
-    rows = torch.arange(len(clips), device=device)
-    batch = clips.batch(rows, torch.zeros_like(rows), preset.shape.frames, torch.ones_like(rows).bool())
-    return place, Exam(batch, np.stack([clip.frames for clip in held_out]), vae)
-
-
-def _encoded(clips: Sequence, vae: TinyVAE, preset: Preset, device: torch.device) -> LatentClips:
-    context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT)
-    return encode_walks(vae, clips, context, preset, device=device)
+    lab, exam = claims.assembled(learnt, held_out, args.weights, args.start)
+    networks = dict(start=lab.causal, teacher=lab.teacher, precision=lab.precision)
+    place = Place(lab.preset, clips=lab.clips, batch=args.batch, frames=args.frames, **networks)
+    return place, Exam(exam.batch(with_poses=True), exam.real.cpu().numpy(), exam.vae)
 
 
 if __name__ == "__main__":

@@ -471,7 +471,7 @@ def rungs(speed: Speed, device: torch.device) -> Iterator[tuple[str, Speed]]:
 def check_fits(order: Order, available: float, *, ranks: int = 1, value_bytes: int = 2) -> None:
     """RuntimeError where `available` bytes a GPU do not hold what `order` builds: it says what would fit, or which flag
     asks for too much."""
-    decoder = wan_maps if order.decoder in (wan_decoder, plain_wan_decoder) else taehv_maps
+    decoder = _maps(order)
     check_memory(order.preset, available, order.speed, ranks=ranks, value_bytes=value_bytes, decoder=decoder)
     for flag, need in beyond_the_engine(order, ranks=ranks, value_bytes=value_bytes):
         if need.total > available:
@@ -481,23 +481,25 @@ def check_fits(order: Order, available: float, *, ranks: int = 1, value_bytes: i
             )
 
 
+def _maps(order: Order) -> Callable[[VideoShape, int], float]:
+    return wan_maps if order.decoder in (wan_decoder, plain_wan_decoder) else taehv_maps
+
+
 def beyond_the_engine(order: Order, *, ranks: int = 1, value_bytes: int = 2) -> Iterator[tuple[str, Need]]:
     """What the bench builds besides the engine alone: the flag that asks for it, and what that needs on each GPU."""
     preset, speed = order.preset, order.speed
-    plainly = needed_plainly(preset, value_bytes=value_bytes)
-    both = needed(preset, speed, ranks=ranks, value_bytes=value_bytes, beside=True)
+    shared = dict(value_bytes=value_bytes, decoder=_maps(order))
+    plainly = needed_plainly(preset, **shared)
+    both = needed(preset, speed, ranks=ranks, beside=True, **shared)
     if order.plain_chunks:
         yield "the plain path", plainly
     if order.whole:
         yield "building the engine beside the network as it is", Need(both.weights)
     for _, climbed in rungs(speed, torch.device("cuda")) if order.ladder else ():
-        yield "--ladder", needed(preset, climbed, ranks=ranks, value_bytes=value_bytes, beside=True)
+        yield "--ladder", needed(preset, climbed, ranks=ranks, beside=True, **shared)
     if order.each_clean_pass:
         merged = replace(speed, merge=True)
-        yield (
-            "--each-clean-pass",
-            needed(preset, merged, ranks=ranks, value_bytes=value_bytes, beside=bool(order.check)),
-        )
+        yield "--each-clean-pass", needed(preset, merged, ranks=ranks, beside=bool(order.check), **shared)
     if order.check:
         yield "--check", both + replace(plainly, weights=0, decoder=0)
 

@@ -43,7 +43,7 @@ from lingbot_nb.report.architecture import markdown_table
 from lingbot_nb.report.metrics import Interval
 from lingbot_nb.report.trials import ratio
 from lingbot_nb.runs import write_json
-from lingbot_nb.world.clips import ClipStore
+from lingbot_nb.world.clips import Clip, ClipStore
 from lingbot_nb.world.latents import Batch, LatentClips, encode_walks
 
 REFERENCE = "consistency, DMD"
@@ -562,27 +562,36 @@ def told(value: Sequence[float], digits: int = 1) -> str:
 
 
 def prepared(data: Path, weights: Path, *, train_clips: int, held_out: int, sizes: Sizes = Sizes()) -> tuple[Lab, Exam]:
-    """Lab and exam on the GPU if there is one. ValueError where a split is empty; FileNotFoundError for weights that
-    are not there."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preset = presets.TINY
+    """`assembled` from a folder of clips of both splits, their first so many, and one of weights. ValueError where a
+    split is empty."""
     learnt, known = (
         list(islice(ClipStore(data, split=split, check=False), count))
         for split, count in (("train", train_clips), ("held-out", held_out))
     )
     if not learnt or not known:
         raise ValueError(f"{data} has {len(learnt)} clips to learn from and {len(known)} held out: collect both splits")
+    return assembled(learnt, known, weights, weights / "causal.safetensors", sizes)
+
+
+def assembled(
+    learnt: Sequence[Clip], known: Sequence[Clip], weights: Path, causal: Path, sizes: Sizes = Sizes()
+) -> tuple[Lab, Exam]:
+    """Lab that learns from some clips and exam on others, on the GPU if there is one: tokenizer and bidirectional
+    teacher from the folder `weights`, the causal model from the file `causal`. FileNotFoundError for weights that are
+    not there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = presets.TINY
     vae = TinyVAE.from_file(weights / "vae.safetensors", device)
-    causal, teacher = (DiT(preset.model, device=device).requires_grad_(False) for _ in range(2))
-    checkpoint.load_into(weights / "causal.safetensors", causal)
-    checkpoint.load_into(weights / "teacher.safetensors", teacher)
+    networks = [DiT(preset.model, device=device).requires_grad_(False) for _ in range(2)]
+    for file, network in zip((causal, weights / "teacher.safetensors"), networks, strict=True):
+        checkpoint.load_into(file, network)
     precision = train.autocast(device) if device.type == "cuda" else train.fp32
-    lab = Lab(preset, causal, teacher, _encoded(vae, learnt, preset), sizes, precision=precision)
+    lab = Lab(preset, *networks, _encoded(vae, learnt, preset), sizes, precision=precision)
     real = torch.from_numpy(np.stack([clip.frames for clip in known])).to(device)
     return lab, Exam(_encoded(vae, known, preset), real, vae)
 
 
-def _encoded(vae: TinyVAE, clips: Sequence, preset: Preset) -> LatentClips:
+def _encoded(vae: TinyVAE, clips: Sequence[Clip], preset: Preset) -> LatentClips:
     context = TinyText(preset.model.text_dim, preset.model.text_len).encode(PROMPT)
     return encode_walks(vae, clips, context, preset, device=next(vae.parameters()).device, size=16)
 

@@ -22,18 +22,18 @@ _WAN_MAPS = 52
 _SMALLER = ((720, 1280), (480, 832), (352, 640), (256, 448))
 
 
-def taehv_maps(shape: VideoShape) -> float:
-    """Bytes that a TAEHV of 16-bit numbers holds while it streams pictures of this size."""
-    return _TAEHV_MAPS * 2 * 64 * TIME_STRIDE * shape.height * shape.width
+def taehv_maps(shape: VideoShape, value_bytes: int = 2) -> float:
+    """Bytes that a TAEHV of numbers of `value_bytes` holds while it streams pictures of this size."""
+    return _TAEHV_MAPS * value_bytes * 64 * TIME_STRIDE * shape.height * shape.width
 
 
-def wan_maps(shape: VideoShape) -> float:
-    """Bytes that the Wan VAE's decoder in 16-bit numbers holds while it streams pictures of this size."""
-    return _WAN_MAPS * 2 * 96 * shape.height * shape.width
+def wan_maps(shape: VideoShape, value_bytes: int = 2) -> float:
+    """Bytes that the Wan VAE's decoder of numbers of `value_bytes` holds while it streams pictures of this size."""
+    return _WAN_MAPS * value_bytes * 96 * shape.height * shape.width
 
 
-Decoder = Callable[[VideoShape], float]
-"""Picture size -> bytes that decoding takes."""
+Decoder = Callable[[VideoShape, int], float]
+"""Picture size and bytes of a number -> bytes that decoding takes."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ def needed(
         cache=_cache(preset, 1 if speed.fp8_attention else value_bytes, value_bytes) / ranks,
         camera=chunks * _films(preset, value_bytes) / ranks,
         work=chunks * _work(preset, value_bytes) / ranks,
-        decoder=decoder(preset.shape),
+        decoder=decoder(preset.shape, value_bytes),
     )
 
 
-def needed_plainly(preset: Preset, *, value_bytes: int = 2) -> Need:
+def needed_plainly(preset: Preset, *, value_bytes: int = 2, decoder: Decoder = taehv_maps) -> Need:
     """What the plain path needs, on every GPU all of it: it makes a chunk's films beside those before."""
     return Need(
         weights=value_bytes * _values(preset.model)[0],
         cache=_cache(preset, value_bytes, value_bytes),
         camera=2 * _films(preset, value_bytes),
         work=_work(preset, value_bytes),
-        decoder=taehv_maps(preset.shape),
+        decoder=decoder(preset.shape, value_bytes),
     )
 
 
