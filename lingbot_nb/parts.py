@@ -7,13 +7,12 @@ where ViZDoom is installed, else read from `data/clips/`.
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lingbot_nb.model import checkpoint, growth
+from lingbot_nb.model import growth
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText, map_prompt
 from lingbot_nb.model.vae import TinyVAE
@@ -49,7 +48,7 @@ def load_dit(run: Run, file: str) -> DiT:
     Weights of fewer layers are deepened (`model.growth`): "tiny-large" begins where the tiny preset's networks ended.
     """
     dit = DiT(run.preset.model)
-    checkpoint.load_into(run.find(file), dit, partial(growth.deeper, layers=run.preset.model.layers))
+    growth.load_into(run.find(file), dit)
     return dit.to(device())
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -79,6 +79,11 @@ def shipped_folders(preset: presets.Preset) -> tuple[Path, ...]:
     return (WEIGHTS / preset.name, WEIGHTS)
 
 
+def first_with(name: str, folders: Iterable[Path]) -> Path | None:
+    """The file `name` in the first of `folders` that has it."""
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
 class Run:
     """A run's folder: created if absent, then the one place where a notebook finds and leaves things.
 
@@ -135,9 +140,8 @@ class Run:
 
     def find(self, name: str) -> Path:
         """`name` in this run, else among the shipped weights; FileNotFoundError says which notebook makes it."""
-        for folder in (self.folder, *shipped_folders(self.preset)):
-            if (folder / name).exists():
-                return folder / name
+        if file := first_with(name, (self.folder, *shipped_folders(self.preset))):
+            return file
         raise FileNotFoundError(f"'{name}' is neither in {self.folder} nor in {WEIGHTS}: run {_maker(name)} first")
 
     def record(self, notebook: str, **results: object) -> Path:

@@ -157,6 +157,7 @@ def test_changes_of_packed_weights_are_those_of_what_they_unpack_to(tmp_path):
     found = arch.changes(*(tmp_path / f"{file}.safetensors" for file in ("before", "after")))
     assert found["feed-forward"].parameters == 256**2
     assert found["feed-forward"].relative == pytest.approx(0.5, abs=0.01)
+    assert arch.read_shapes(tmp_path / "after.safetensors") == {part: tuple(t.shape) for part, t in before.items()}
 
 
 def test_measure_counts_runs_and_orders_percentiles():

@@ -82,3 +82,8 @@ def test_a_flipped_byte_of_a_packed_file_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"packed.safetensors do not match the sha256"):
         checkpoint.load_into(path, dit)
+    again = subprocess.run(
+        [sys.executable, "-m", "lingbot_nb.model.packing", str(path), str(tmp_path / "again.safetensors")],
+        **dict(capture_output=True, text=True, cwd=PROJECT, timeout=120),
+    )
+    assert "do not match the sha256" in again.stderr and not (tmp_path / "again.safetensors").exists()

@@ -238,8 +238,7 @@ def state_for(bench: Bench, role: str, dit: DiT, lr: float, average: float) -> t
 def train_teacher(bench: Bench) -> None:
     budget, dit, made = bench.recipe.teacher, bench.dit(), {}
     if bench.recipe.teacher_from:
-        deeper = partial(growth.deeper, layers=dit.size.layers)
-        made["made_from"] = checkpoint.load_into(bench.recipe.teacher_from, dit, deeper)
+        made["made_from"] = growth.load_into(bench.recipe.teacher_from, dit)
         budget = replace(budget, lr=GOING_ON * budget.lr)
     parallel.same_start(dit)
     state = state_for(bench, "teacher", dit, budget.lr, 0.999)

@@ -58,15 +58,24 @@ def load_into(path: Path | str, module: nn.Module, fit: Callable[[State], State]
 
     Raises FileNotFoundError, or ValueError when the bytes do not match the card's sha256 or names or shapes differ.
     """
+    state, card = read(path)
+    state = fit(state)
+    _check_names(path, state, module.state_dict())
+    module.load_state_dict(state)
+    return card
+
+
+def read(path: Path | str) -> tuple[State, dict]:
+    """Floating tensors of a file, packed or not, and its card.
+
+    Raises FileNotFoundError, or ValueError when the bytes do not match the card's sha256.
+    """
     path = Path(path)
     card = read_card(path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise ValueError(f"weights {path} do not match the sha256 in {card_path(path).name}: fetch or train them again")
-    state = fit(unpacked(load(data)))
-    _check_names(path, state, module.state_dict())
-    module.load_state_dict(state)
-    return card
+    return unpacked(load(data)), card
 
 
 def read_card(path: Path | str) -> dict:

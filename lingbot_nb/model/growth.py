@@ -5,11 +5,21 @@ zero, so it adds nothing until it has learnt to.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.dit import DiT
+
 LAST_MAPS = ("self_attn.o", "cross_attn.o", "ffn.2", "cam_scale_layer", "cam_shift_layer")
 """The maps through which a layer reaches the residual stream."""
+
+
+def load_into(path: Path | str, dit: DiT) -> dict:
+    """Fills `dit` with weights of as many layers or fewer and returns their card; errors as `checkpoint.load_into`."""
+    return checkpoint.load_into(path, dit, partial(deeper, layers=dit.size.layers))
 
 
 def deeper(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 LARGE = 2**15
@@ -59,14 +58,14 @@ def _beside(scale: Tensor, tensor: Tensor) -> Tensor:
 
 
 def main() -> None:
-    from lingbot_nb.model import checkpoint
+    from lingbot_nb.model import checkpoint  # which unpacks by this module
 
     parser = argparse.ArgumentParser(prog="lingbot_nb.model.packing", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="weights that the workbook wrote, with their card beside them")
     parser.add_argument("out", type=Path, help="the packed file; its card goes beside it")
     args = parser.parse_args()
-    card = checkpoint.read_card(args.source)
-    checkpoint.write(args.out, packed(load_file(args.source)), {**card, "packed_from": card["sha256"]})
+    state, card = checkpoint.read(args.source)
+    checkpoint.write(args.out, packed(state), {**card, "packed_from": card["sha256"]})
     sizes = [file.stat().st_size / 1e6 for file in (args.source, args.out)]
     print(json.dumps({"file": str(args.out), "megabytes_before": sizes[0], "megabytes": sizes[1]}))
 

@@ -44,7 +44,8 @@ class Entry:
 
 
 def header(path: Path | str) -> dict[str, Entry]:
-    """Names of a weight file's tensors with shapes and types; no data is read.
+    """Names of a weight file's tensors with shapes and types; no data is read. The scales of what the workbook packed
+    (`packing`) are part of their tensors, not tensors of their own.
 
     Raises FileNotFoundError, or ValueError for a file that is cut short, damaged, or a pickle of more than tensors.
     """
@@ -52,7 +53,7 @@ def header(path: Path | str) -> dict[str, Entry]:
     if path.suffix in PICKLES:
         state = load_pickle(path, device="meta")
         return {name: Entry(tuple(value.shape), _dtype_name(value.dtype)) for name, value in state.items()}
-    return _entries(path)[0]
+    return {name: entry for name, entry in _entries(path)[0].items() if not name.endswith(packing.SCALE)}
 
 
 def metadata(path: Path | str) -> dict[str, str]:

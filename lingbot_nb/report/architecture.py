@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lingbot_nb.model import packing, released, shards
+from lingbot_nb.model import released, shards
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.presets import ModelSize, StreamSettings, VideoShape
 
@@ -132,11 +132,7 @@ def changes(first: Path | str, second: Path | str) -> dict[str, Change]:
     quantised tensors.
     """
     one, other = (released.find_one(Path(path).expanduser()) for path in (first, second))
-    shared = {
-        name
-        for name, shape in one.shapes.items()
-        if other.shapes.get(name) == shape and not name.endswith(packing.SCALE)
-    }
+    shared = {name for name, shape in one.shapes.items() if other.shapes.get(name) == shape}
     sums = {part: [0, 0.0, 0.0] for part in PARTS}
     for file in one.files:
         names = {theirs: ours for theirs, ours in one.of_file(file).items() if ours in shared}

@@ -27,7 +27,7 @@ from lingbot_nb.report import metrics, trials
 from lingbot_nb.report.features import corpus_distance, corpus_frechet, export_films
 from lingbot_nb.report.judge import JUDGE, Judge, key_direction, load_judge, pressed, rounded
 from lingbot_nb.report.trials import Exam, Outcome, chunk_shift, counted, followers, interval, per_second, ratio
-from lingbot_nb.runs import shipped_folders, write_json
+from lingbot_nb.runs import first_with, shipped_folders, write_json
 from lingbot_nb.stream.endless import FROZEN
 from lingbot_nb.world.clips import HELD_OUT_SEED, Clip, ClipStore
 
@@ -154,7 +154,7 @@ def draw_strips(file: Path, name: str, outcome: Outcome) -> None:
 def weights_file(weights: Path | None, preset: Preset, file: str) -> Path:
     """`file` in a folder of weights, else among the shipped ones."""
     folders = ((weights,) if weights else ()) + shipped_folders(preset)
-    return next((folder for folder in folders if (folder / file).exists()), folders[0]) / file
+    return first_with(file, folders) or folders[0] / file
 
 
 def load_exam(weights: Path | None, clips: Sequence[Clip], *, preset: Preset, judge: Path = JUDGE, **options) -> Exam:
@@ -166,7 +166,7 @@ def load_exam(weights: Path | None, clips: Sequence[Clip], *, preset: Preset, ju
 
     def dit(file: str) -> DiT:
         made = DiT(preset.model)
-        checkpoint.load_into(found(file), made, partial(growth.deeper, layers=preset.model.layers))
+        growth.load_into(found(file), made)
         return made.to(device()).eval().requires_grad_(False)
 
     vae = TinyVAE.from_file(found("vae.safetensors"), device()).requires_grad_(False)

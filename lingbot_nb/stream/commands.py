@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from lingbot_nb import parts, runs
+from lingbot_nb import parts, presets, runs
 from lingbot_nb.control.keys import parse_keys
 from lingbot_nb.model.fused import ALONE
 from lingbot_nb.report.figures import conditions
@@ -135,7 +135,7 @@ def open_run(name: str | None) -> Run:
         return Run(SHIPPED)
     folder = runs.runs_root() / name
     card = runs.read_card(folder)
-    if card is None and (runs.WEIGHTS / name).is_dir():
+    if card is None and name in {preset.name for preset in presets.ALL if (runs.WEIGHTS / preset.name).is_dir()}:
         return Run(f"{SHIPPED}-{name}", name)
     if card is None:
         raise FileNotFoundError(f"there is no run '{name}' in {runs.runs_root()}: `list` names those there")
