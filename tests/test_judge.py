@@ -70,6 +70,22 @@ def test_motion_of_a_path_has_the_signs_of_its_keys():
     np.testing.assert_array_equal(judge.pressed(keys_of("l-4,wa-2,w-2,none-4")), [[0, 0, 1], [1, -0.5, 0], [0, 0, 0]])
 
 
+def test_a_walk_is_as_asked_where_it_mostly_goes_that_way_and_far_enough():
+    forward, left, none = [1, 0, 0], [0, -1, 0], [0, 0, 1]
+    rows = [  # keys; yaw, right, forward; as asked
+        (forward, [0, 0.1, 0.2], True),
+        (forward, [0, 0.2, 0.1], False),  # slid along a wall
+        (forward, [0, 0, -0.2], False),  # momentum
+        (forward, [0, 0, 0.12], False),  # below `still`
+        (forward, [0, 0.09, 0.1], True),  # neither part alone is far enough
+        (left, [0, -0.2, 0.1], True),
+        (left, [0, 0.2, 0.1], False),
+        (none, [4, 0, 0.2], False),
+    ]
+    keys, motion, asked = (np.array(column)[None] for column in zip(*rows, strict=True))
+    assert judge.moved_as_asked(keys, motion, still=0.125).tolist() == asked.tolist()
+
+
 def test_labels_ignore_what_pictures_cannot_tell():
     keys = np.array([[1, 0, 0], [1, 0, 0], [0, 0, 0], [0.5, 0, 0], [0, -1, 1], [0, 0, -0.75]])
     motion = np.array([[0, 0, 0.9], [0, 0, 0], [0, 0, 0.5], [0, 0, 0.4], [16, -0.8, 0], [-12, 0, 0]])

@@ -1,6 +1,7 @@
 """Trials and scores: rules against hand-made readings and films, and the whole exam on a micro world."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import cv2
@@ -15,7 +16,8 @@ from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import MICRO
 from lingbot_nb.report import evaluation, metrics, score_view, scores, trials
-from lingbot_nb.report.judge import Judge
+from lingbot_nb.report.judge import Judge, Reading
+from lingbot_nb.runs import PROJECT
 from lingbot_nb.stream.session import Session
 from lingbot_nb.world.clips import HELD_OUT_SEED, Clip
 
@@ -117,6 +119,64 @@ def test_reaction_counts_from_one_and_leaves_out_what_never_moves():
     assert trials.reactions(part, 0).tolist() == [2, 1]
     assert trials.reactions(part, 2).tolist() == [3, 2]
     assert trials.first_chunk(part)[1].tolist() == [True, True, False]
+
+
+def path(*steps: tuple[float, float]) -> np.ndarray:
+    """Poses [4n + 1, 4, 4] of a level camera that goes `steps` to the right and forward, map units a chunk."""
+    poses = np.tile(np.eye(4, dtype=np.float32), (4 * len(steps) + 1, 1, 1))
+    poses[1:, [0, 2], 3] = np.cumsum(np.repeat(steps, 4, 0) / 4, 0)
+    return poses
+
+
+class Reader:
+    """A judge that reads a key a chunk off each film, whatever it shows."""
+
+    scale = torch.tensor(32.0)
+
+    def __init__(self, *reads: str):
+        self.walk = np.eye(4)[[["wasd".index(key) for key in film] for film in reads]]
+
+    def read(self, films: np.ndarray) -> Reading:
+        some = np.zeros((len(films), self.walk.shape[1], 3))
+        return Reading(self.walk, some, some[..., 0], some, some[..., 0] + 9, some, some)
+
+
+@pytest.fixture
+def played(exam, monkeypatch) -> trials.Exam:
+    """With a simulator that shows the start pictures. Asked for w, then s, its first camera slides to the right, hardly
+    moves, and is carried on; the second obeys; the third hardly moves at all."""
+    w, s, d, still = (1, 30), (-1, -30), (30, 12), (0, 3)
+    poses = np.stack([path(w, w, d, still, w, s, s, s), path(w, w, w, w, s, s, s, s), path(*[still] * 8)])
+    shown = np.repeat(exam.starts[:, None], poses.shape[1], 1)
+    monkeypatch.setattr(trials, "simulated", lambda seeds, keys, world: (shown, poses))
+    return replace(exam, judge=Reader("wwdwwsss", "wwwdwsss", "dddddddd"), simulate=True)
+
+
+def test_only_chunks_in_which_the_simulator_moved_as_asked_count(played):
+    found = trials.control(played, pairs=("ws",)).scores
+    assert list(found) == ["simulator", "tokenizer", "student, 2 steps"]
+    for row in found.values():
+        # 5 chunks of the first, all read right; 7 of the second (the one after the change is excused), of which the
+        # fourth is read wrong; none of the third.
+        assert row["direction_moved"][0] == pytest.approx(11 / 12) and row["direction_moved"][3] == 12
+        assert row["walk"][0] == pytest.approx(12 / 21)
+    alone = trials.control(replace(played, simulate=False), pairs=("ws",)).scores
+    assert list(alone) == ["student, 2 steps"] and "direction_moved" not in alone["student, 2 steps"]
+    assert alone["student, 2 steps"]["walk"] == found["student, 2 steps"]["walk"]
+
+
+def test_turns_say_nothing_of_walks(played):
+    assert all("direction_moved" not in row for row in trials.control(played, pairs=("jl",)).scores.values())
+
+
+def test_the_simulator_gives_the_poses_of_its_films():
+    pytest.importorskip("vizdoom")
+    from lingbot_nb.world.vizdoom import Simulator, record
+
+    with Simulator() as game:
+        walks = [record(game, seed, 9) for seed in (HELD_OUT_SEED, HELD_OUT_SEED + 1)]
+    films, poses = trials.simulated([w.seed for w in walks], np.stack([w.keys for w in walks]), walks[0].map)
+    assert (films == np.stack([w.frames for w in walks])).all() and (poses == np.stack([w.poses for w in walks])).all()
 
 
 def panning(pixels: int, frames: int = 33) -> np.ndarray:
@@ -228,6 +288,20 @@ def test_table_and_figure_show_what_was_found(examined, tmp_path):
     drawn = score_view.figure(found)
     assert len(drawn.axes) == 6 and all(ax.lines or ax.patches for ax in drawn.axes)
     assert score_view.save(drawn, tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_scores_from_before_a_row_was_added_still_make_a_table():
+    found = json.loads((PROJECT / "data" / "scores.json").read_text())
+    control = found["parts"]["control"]
+    for row in control.values():
+        row.pop("direction_moved", None)
+    title = "W A S D right where the simulator moved as asked (%)"
+    before = score_view.table(found)
+    assert title not in before and "W A S D held: steps the right way (%)" in before
+    score_view.plt.close(score_view.figure(found))
+    control["student, 4 steps"]["direction_moved"] = [0.97, 0.96, 0.98, 2800.0]
+    (added,) = set(score_view.table(found).splitlines()) - set(before.splitlines())
+    assert added.startswith(f"| {title} | – |") and "| 97.0 [96.0, 98.0] |" in added
 
 
 def test_a_figure_of_some_parts_only_can_be_drawn():

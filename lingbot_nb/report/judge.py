@@ -482,10 +482,18 @@ def told(reading: Reading, keys_BC3: np.ndarray, motion_BC3: np.ndarray, still: 
 
 
 def key_direction(keys_BC3: np.ndarray) -> np.ndarray:
-    """The walking direction that `pressed` keys ask for, as an index into `WALKS`; 0 where none is asked for."""
+    """The walking direction that `pressed` keys ask for, or that steps forward and to the right go, as an index into
+    `WALKS`; 0 where there is none."""
     along, across = keys_BC3[..., 0], keys_BC3[..., 1]
     sideways = np.where(across < 0, 1, 3)
     return np.where(np.abs(across) > np.abs(along), sideways, np.where(along < 0, 2, 0))
+
+
+def moved_as_asked(keys_BC3: np.ndarray, motion_BC3: np.ndarray, still: float) -> np.ndarray:
+    """Chunks in which `true_motion` is `still` world scales or more and goes, for the most part, where the walking keys
+    of `pressed` ask: bool [B, C]. Momentum and walls make it go elsewhere."""
+    walks = (keys_BC3[..., :2] != 0).any(-1) & (np.linalg.norm(motion_BC3[..., 1:], axis=-1) >= still)
+    return walks & (key_direction(motion_BC3[..., [2, 1]]) == key_direction(keys_BC3))
 
 
 def _share(right: np.ndarray) -> float:

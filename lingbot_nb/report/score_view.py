@@ -52,6 +52,7 @@ def _rows() -> list[Row]:
         Row("J L held: first follows in chunk", "control", ("turn_reaction",), digits=2),
         Row("J L changed: first follows in chunk", "control", ("turn_reaction_to_change",), digits=2),
         Row("W A S D held: steps the right way (%)", "control", ("walk",), 100),
+        Row("W A S D right where the simulator moved as asked (%)", "control", ("direction_moved",), 100),
         Row("W A S D held: chunks that show motion (%)", "control", ("walk_shows",), 100),
         Row("W A S D held: first follows in chunk", "control", ("walk_reaction",), digits=2),
         Row("W A S D changed: first follows in chunk", "control", ("walk_reaction_to_change",), digits=2),

@@ -5,7 +5,7 @@ same starts, and its films and their reconstructions are scored by the same rule
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,7 +27,7 @@ from lingbot_nb.report.features import (
     perceptual_distance,
     second_features,
 )
-from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, told, truth
+from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, moved_as_asked, pressed, told, true_motion, truth
 from lingbot_nb.report.metrics import frechet_distance, horizon_frames, psnr
 from lingbot_nb.stream.endless import FROZEN, wander
 from lingbot_nb.world.clips import Clip
@@ -103,11 +103,18 @@ class Exam:
     def films(self, clips: Sequence[Clip], keys: np.ndarray) -> dict[str, np.ndarray]:
         """The same keys [N, 8] from the starts of `clips`, by the simulator and its reconstruction (if any), and by the
         student."""
+        return self.films_and_poses(clips, keys)[0]
+
+    def films_and_poses(
+        self, clips: Sequence[Clip], keys: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """`films`, and the true poses [B, N, 4, 4] of the simulator's camera in map units; None without it."""
         rows = np.repeat(keys[None], len(clips), 0)
-        made = {}
+        made, poses = {}, None
         if self.simulate:
-            made = self.with_tokenizer(simulated([clip.seed for clip in clips], rows, clips[0].map))
-        return made | {self.name: self.play(np.stack([clip.frames[0] for clip in clips]), rows)}
+            real, poses = simulated([clip.seed for clip in clips], rows, clips[0].map)
+            made = self.with_tokenizer(real)
+        return made | {self.name: self.play(np.stack([clip.frames[0] for clip in clips]), rows)}, poses
 
 
 @dataclass(frozen=True)
@@ -125,16 +132,18 @@ def steps_label(count: int) -> str:
 # ---- films -----------------------------------------------------------------------------------------------------------
 
 
-def simulated(seeds: Sequence[int], keys: np.ndarray, world: str) -> np.ndarray:
-    """What ViZDoom shows under keys [B, N, 8] from the starts that `seeds` draw: u8 [B, N, 96, 160, 3]."""
+def simulated(seeds: Sequence[int], keys: np.ndarray, world: str) -> tuple[np.ndarray, np.ndarray]:
+    """What ViZDoom shows under keys [B, N, 8] from the starts that `seeds` draw, u8 [B, N, 96, 160, 3], and the poses
+    of its camera, f32 [B, N, 4, 4], in map units."""
     from lingbot_nb.world.vizdoom import Simulator, SimulatorSettings
 
     with Simulator(SimulatorSettings(map=world)) as game:
-        films = [
-            np.stack([game.reset(seed)[0], *(game.step(row)[0] for row in rows[1:])])
+        walks = [
+            [*map(np.stack, zip(game.reset(seed), *map(game.step, rows[1:]), strict=True))]
             for seed, rows in zip(seeds, keys, strict=True)
         ]
-    return np.stack(films)
+    films, poses = map(np.stack, zip(*walks, strict=True))
+    return films, poses
 
 
 @torch.no_grad()
@@ -177,6 +186,11 @@ def ratio(parts, wholes, resamples: int = 2000) -> Interval | None:
 def counted(right: np.ndarray, counts: np.ndarray) -> Interval | None:
     """`ratio` of chunks that are right among those that count, bool [B, C] each."""
     return ratio((right & counts).sum(1), counts.sum(1))
+
+
+def counted_together(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Interval | None:
+    """`counted` of several pairs of right and counts [B, C], all from the same B starts."""
+    return counted(*(np.concatenate(x, 1) for x in zip(*parts, strict=True)))
 
 
 def ranked(scores: Sequence[float]) -> dict[str, int]:
@@ -317,13 +331,16 @@ def psnr_line(row: Mapping) -> str:
 
 
 def control(exam: Exam, pairs: Sequence[str] = PAIRS) -> Outcome:
-    """Each key held for a second from every start, then its opposite: is the direction right, and how soon."""
+    """Each key held for a second from every start, then its opposite: is the direction right, and how soon. With the
+    simulator also: is it right in those chunks in which the simulator's own camera went where it was asked to."""
     asked: dict[str, list[Asked]] = {}
     kept: dict[str, list[np.ndarray]] = {}
     for pair in pairs:
-        films = exam.films(exam.clips, script(",".join(f"{key}-{HOLD}" for key in pair)))
+        keys = script(",".join(f"{key}-{HOLD}" for key in pair))
+        films, poses = exam.films_and_poses(exam.clips, keys)
+        moved = None if poses is None else truly_moved(exam, keys, poses)
         for label, some in films.items():
-            asked.setdefault(label, []).append(answered(exam.judge, some, pair))
+            asked.setdefault(label, []).append(answered(exam.judge, some, pair, moved))
             kept.setdefault(label, []).append(some)
         exam.say(f"  keys {pair}: {right_line(asked[exam.name][-1])}")
     focal = float(exam.clips[0].intrinsics[0])
@@ -339,7 +356,8 @@ def control(exam: Exam, pairs: Sequence[str] = PAIRS) -> Outcome:
 class Asked:
     """One pair of keys from B starts: what was right [B, C], what showed motion [B, C], the image shift by chunk [B, C]
     in pixels towards where it should go, the PSNR in dB of the turning point and of the end to the first picture [B],
-    and the mean probability of the keys that were asked for [B], by which films are ranked."""
+    the mean probability of the keys that were asked for [B], by which films are ranked, and where the simulator's
+    camera truly moved as asked [B, C], whoever made the films; None without a simulator."""
 
     pair: str
     right: np.ndarray
@@ -348,6 +366,7 @@ class Asked:
     away: np.ndarray
     back: np.ndarray
     certainty: np.ndarray
+    moved: np.ndarray | None = None
 
     @property
     def turns(self) -> bool:
@@ -368,8 +387,14 @@ class Asked:
         return counts
 
 
-def answered(judge: Judge, films: np.ndarray, pair: str) -> Asked:
-    """What films [B, 1 + 2 * HOLD, H, W, 3] of a pair of keys show."""
+def truly_moved(exam: Exam, keys: np.ndarray, poses: np.ndarray) -> np.ndarray:
+    """Chunks in which the camera of poses [B, N, 4, 4] walked as keys [N, 8] ask: bool [B, C]."""
+    motion = np.stack([true_motion(path, float(exam.judge.scale)) for path in poses])
+    return moved_as_asked(pressed(keys), motion, exam.still)
+
+
+def answered(judge: Judge, films: np.ndarray, pair: str, moved: np.ndarray | None = None) -> Asked:
+    """What films [B, 1 + 2 * HOLD, H, W, 3] of a pair of keys show; `moved` as in `Asked`."""
     reading = judge.read(films)
     half = reading.change.shape[1] // 2
     keys = np.repeat(list(pair), half)
@@ -383,7 +408,7 @@ def answered(judge: Judge, films: np.ndarray, pair: str) -> Asked:
         shift = np.full(right.shape, np.nan)
     away, back = (psnr(films[:, 0], films[:, i]) for i in (HOLD, -1))
     certainty = np.where(reading.shows, sure, 0).sum(1) / np.maximum(reading.shows.sum(1), 1)
-    return Asked(pair, right, reading.shows, shift, away, back, certainty)
+    return Asked(pair, right, reading.shows, shift, away, back, certainty, moved)
 
 
 def chunk_shift(film: np.ndarray) -> np.ndarray:
@@ -402,12 +427,14 @@ def control_scores(parts: Sequence[Asked], focal: float) -> dict:
     scores: dict = {"keys": by_key(parts)}
     for kind, some in kinds.items():
         if some:
-            right, counts = (np.concatenate(x, 1) for x in zip(*((p.right, p.counts) for p in some), strict=True))
-            scores[kind] = counted(right, counts)
+            scores[kind] = counted_together((p.right, p.counts) for p in some)
             scores[f"{kind}_shows"] = float(np.mean([p.shows.mean() for p in some]))
             scores[f"{kind}_first"] = counted(*(np.stack(x, 1) for x in zip(*map(first_chunk, some), strict=True)))
             scores[f"{kind}_reaction"] = interval(np.concatenate([reactions(p, 0) for p in some]))
             scores[f"{kind}_reaction_to_change"] = interval(np.concatenate([reactions(p, p.half) for p in some]))
+    known = [(p.right, p.counts & p.moved) for p in kinds["walk"] if p.moved is not None]
+    if known:
+        scores["direction_moved"] = counted_together(known)
     if kinds["turn"]:
         turned = kinds["turn"]
         moved = np.concatenate([p.shift for p in turned], 1)
@@ -426,7 +453,7 @@ def by_key(parts: Sequence[Asked]) -> dict[str, Interval | None]:
     for part in parts:
         for key, at in zip(part.pair, (slice(None, part.half), slice(part.half, None)), strict=True):
             found.setdefault(key, []).append((part.right[:, at], part.counts[:, at]))
-    return {k: counted(*(np.concatenate(x, 1) for x in zip(*v, strict=True))) for k, v in sorted(found.items())}
+    return {key: counted_together(some) for key, some in sorted(found.items())}
 
 
 def first_chunk(part: Asked) -> tuple[np.ndarray, np.ndarray]:
