@@ -339,8 +339,12 @@ def test_cards_tell_what_shipped_weights_and_their_ancestors_reached(tmp_path):
     (tmp_path / "teacher.json").write_text(json.dumps({**teacher, "sha256": "p", "packed_from": "t"}))
     grown = card("causal teacher", "c", 24, made_from=teacher)
     (tmp_path / "deep" / "student.json").write_text(json.dumps(card("student", "s", 26, made_from=grown)))
+    packed = {**grown, "sha256": "q", "packed_from": "c"}
+    (tmp_path / "second.json").write_text(json.dumps(card("student", "s2", 25, made_from=packed)))
     rows = [line.split(" | ") for line in score_view.cards(tmp_path).splitlines()[2:]]
+    # Two students were made from one causal model, once packed and once not.
     # The teacher is shipped, packed: it is not named again as what the student was made from.
-    assert [row[0].strip("| ") for row in rows] == ["tiny, student", "tiny, teacher", "tiny, causal teacher (not here)"]
-    assert [row[5] for row in rows] == ["26.0 [25.0, 27.0]", "22.0 [21.0, 23.0]", "24.0 [23.0, 25.0]"]
+    names = ["tiny, student", "tiny, student", "tiny, teacher", "tiny, causal teacher (not here)"]
+    assert [row[0].strip("| ") for row in rows] == names
+    assert [row[5] for row in rows] == [f"{at}.0 [{at - 1}.0, {at + 1}.0]" for at in (26, 25, 22, 24)]
     assert rows[0][1:4] == ["4 steps", "12.0", "7"] and rows[0][8].strip(" |") == "0.50"

@@ -112,11 +112,12 @@ def cell(found, row: Row) -> str:
 
 def cards(folder: Path) -> str:
     """What the cards of all weights in a folder and below hold of held-out walks, in Markdown: PSNR with 95 % intervals
-    over walks, and sharpness relative to the simulator's. Weights that those were made from follow them."""
+    over walks, and sharpness relative to the simulator's. Weights that those were made from follow them, each once."""
     found = [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
-    known = {card.get("packed_from", card["sha256"]) for card in found}
     here = [(_told(card), card) for card in found]
-    before = [(f"{_told(card)} (not here)", card) for card in _made_from(found) if card["sha256"] not in known]
+    known = {_floating(card) for card in found}
+    others = {_floating(card): card for card in _made_from(found) if _floating(card) not in known}
+    before = [(f"{_told(card)} (not here)", card) for card in others.values()]
     rows = [(name, held, card, row) for name, card in here + before for held, row in card.get("held_out", {}).items()]
     heads = ("weights", "walked in", "M parameters", "walks", *(f"dB at {at} s" for at in ("0.25", "1", "2", "4")))
     return markdown_table(
@@ -131,6 +132,11 @@ def cards(folder: Path) -> str:
             if "psnr" in row
         ],
     )
+
+
+def _floating(card: Mapping) -> str:
+    """The sha256 of the weights before they were packed: the same network, packed or not."""
+    return card.get("packed_from", card["sha256"])
 
 
 def _told(card: Mapping) -> str:
