@@ -127,7 +127,9 @@ def test_an_equal_start_with_other_pairs_ends_elsewhere(place):
     draws = torch.Generator().manual_seed(0)
     schedule = claims._schedule(lab)
     whole, own = (
-        claims.stored_pairs(lab, make, draws)
+        claims.trajectories.pairs_in_memory(
+            lab.clips, make, batch=lab.sizes.batch, batches=lab.sizes.pair_batches, generator=draws
+        )
         for make in (
             claims.train.bidirectional_teacher(lab.teacher, schedule),
             claims.train.causal_teacher(lab.causal, lab.settings, schedule),

@@ -16,6 +16,7 @@ from lingbot_nb.world.clips import ClipStore, write_manifest, write_shard
 
 SMALL = replace(presets.TINY, model=presets.MICRO.model)
 BLINK = Budget(1e-3, 1, 1e-3)
+BUDGETS = ("tokenizer", "teacher", "causal", "ode", "student", "still")
 
 
 @pytest.fixture
@@ -29,8 +30,9 @@ def bench(tmp_path):
         digest = write_shard(data / f"{split}.safetensors", [clip])
         lines.append({"shard": f"{split}.safetensors", "split": split, "sha256": digest, "seeds": [clip.seed]})
     write_manifest(data, lines)
-    budgets = {name: BLINK for name in ("tokenizer", "teacher", "causal", "student", "still")}
-    return Bench(Recipe(preset=SMALL, vae_size=MICRO_VAE, compile=False, **budgets), data, tmp_path / "weights", seed=0)
+    budgets = {name: BLINK for name in BUDGETS}
+    options = dict(preset=SMALL, vae_size=MICRO_VAE, compile=False, pair_batches=1, solver_steps=4)
+    return Bench(Recipe(**options, **budgets), data, tmp_path / "weights", seed=0)
 
 
 def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(bench):
@@ -53,7 +55,7 @@ def test_training_stops_at_the_stage_that_was_asked_for(bench):
 
 def test_scaling_a_recipe_scales_every_stage():
     half = recipe.scaled(Recipe(), 0.5)
-    for name in ("tokenizer", "teacher", "causal", "student", "still"):
+    for name in BUDGETS:
         assert getattr(half, name).seconds == 0.5 * getattr(Recipe(), name).seconds
     assert half.preset == Recipe().preset
 
@@ -106,6 +108,32 @@ def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
     assert torch.equal(made.latent_std, kept.latent_std) and torch.equal(made.latent_mean, kept.latent_mean)
     card = checkpoint.read_card(file)
     assert card["steps"] >= 1 and card["decoder_of"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
+
+
+def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(bench, monkeypatch):
+    torch.manual_seed(1)
+    old = TinyVAE(MICRO_VAE)
+    bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
+    told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
+    told += ["--out", str(bench.out / "on"), "--go-on", "--texture", "0.25", "--lr", "1e-5"]
+    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
+    decoder.main()
+    file = bench.out / "on" / "vae.safetensors"
+    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    moved = {n: (v - made.state_dict()[n]).abs().max().item() for n, v in kept.state_dict().items()}
+    assert max(moved.values()) < 1e-2, "a blink of a step from where it was"
+    assert all(v == 0 for n, v in moved.items() if not n.startswith("decoder"))
+    assert any(v > 0 for n, v in moved.items() if n.startswith("decoder"))
+    assert checkpoint.read_card(file)["texture"] == 0.25
+
+
+def test_the_student_starts_from_pairs_of_the_causal_model(bench):
+    bench.recipe = replace(bench.recipe, ode=Budget(3600, 2, 1e-3, steps=3), pair_batches=2)
+    list(recipe.run(bench, "matched.safetensors"))
+    card = checkpoint.read_card(bench.out / "ode.safetensors")
+    assert card["steps"] == 3 and card["pairs"] == 4 and card["kind"] == "causal student"
+    matched = checkpoint.read_card(bench.out / "matched.safetensors")
+    assert matched["made_from"]["sha256"] == card["sha256"]
 
 
 def test_a_teacher_can_go_on_from_weights(bench, tmp_path):

@@ -4,6 +4,8 @@
         --widths 192 96 64 --depths 3 3 2
 
 What decoding costs is decided by its widths alone, so a machine that plays too slowly needs no new teacher or student.
+With `--go-on` the decoder that is there learns on instead; `--texture` says how much its discriminator may push, where
+0 gives the most PSNR that these latents allow and the softest pictures.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lingbot_nb.distill.recipe import Bench, Budget, Recipe, command_line, fit_tokenizer
+from lingbot_nb.distill.tokenizer import TokenizerSettings
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.vae import TinyVAE
 
@@ -36,6 +39,8 @@ def main() -> None:
         "--widths", type=int, nargs=3, default=default.decoder_widths, help="eighth, quarter, half size"
     )
     parser.add_argument("--depths", type=int, nargs=3, default=default.decoder_depths)
+    parser.add_argument("--go-on", action="store_true", help="from the decoder that is there, its widths and depths")
+    parser.add_argument("--texture", type=float, default=TokenizerSettings.texture, help="push of the discriminator")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--batch", type=int, default=24, help="windows a rank and step")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -45,10 +50,14 @@ def main() -> None:
     recipe = Recipe(compile=not args.no_compile)
     bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
     torch.manual_seed(args.seed)
-    vae = with_decoder(TinyVAE.from_file(args.vae), tuple(args.widths), tuple(args.depths))
+    vae = TinyVAE.from_file(args.vae)
+    if not args.go_on:
+        vae = with_decoder(vae, tuple(args.widths), tuple(args.depths))
     encoder = checkpoint.read_card(args.vae)
     card = dict(kind="tokenizer", decoder_of=encoder["sha256"], encoder_command=encoder.get("command", ""))
-    fit_tokenizer(bench, vae, Budget(args.seconds, args.batch, args.lr), decoder_only=True, **card)
+    fit_tokenizer(
+        bench, vae, Budget(args.seconds, args.batch, args.lr), decoder_only=True, texture=args.texture, **card
+    )
 
 
 if __name__ == "__main__":

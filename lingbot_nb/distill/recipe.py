@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_nb import presets
-from lingbot_nb.distill import flow, parallel, tokenizer, train
+from lingbot_nb.distill import flow, parallel, tokenizer, train, trajectories
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.distill.still import halts_of, still_step
+from lingbot_nb.distill.tokenizer import TokenizerSettings
 from lingbot_nb.model import checkpoint, growth
 from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText, map_prompt
@@ -57,6 +58,10 @@ class Recipe:
     tokenizer: Budget = Budget(280, 24, 2e-3)
     teacher: Budget = Budget(280, 32, 2e-3)
     causal: Budget = Budget(210, 24, 1e-3)
+    ode: Budget = Budget(90, 32, 2e-4, steps=400)
+    """Regression onto the ends of `pair_batches` batches of the causal model's own paths of `solver_steps` steps."""
+    pair_batches: int = 32
+    solver_steps: int = 48
     student: Budget = Budget(150, 16, 3e-5, steps=39)
     """39 updates of the critic, 6 of the student: more sharpen its pictures and lead its walks astray (the arms of
     `report.claims` that differ in length show by how much)."""
@@ -178,14 +183,22 @@ def train_tokenizer(bench: Bench) -> None:
     fit_tokenizer(bench, TinyVAE(bench.recipe.vae_size), bench.recipe.tokenizer, kind="tokenizer")
 
 
-def fit_tokenizer(bench: Bench, vae: TinyVAE, budget: Budget, *, decoder_only: bool = False, **card) -> None:
+def fit_tokenizer(
+    bench: Bench,
+    vae: TinyVAE,
+    budget: Budget,
+    *,
+    decoder_only: bool = False,
+    texture: float = TokenizerSettings.texture,
+    **card,
+) -> None:
     """Trains a VAE, or its decoder, on this rank's clips and keeps it as vae.safetensors."""
     parallel.same_start(vae.to(bench.device))
     generator = bench.generator(1)
     frames = bench.pictures(bench.train)
     held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
     options = dict(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
-    settings = tokenizer.TokenizerSettings(**options, decoder_only=decoder_only)
+    settings = TokenizerSettings(**options, decoder_only=decoder_only, texture=texture)
     rows = tokenizer.train_tokenizer(
         vae,
         tokenizer.group_batches(frames, budget.batch, generator),
@@ -202,6 +215,7 @@ def fit_tokenizer(bench: Bench, vae: TinyVAE, budget: Budget, *, decoder_only: b
     result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
     bench.say("tokenizer", held_out=result)
     size = asdict(vae.size)
+    card |= {"texture": texture}
     bench.keep("vae.safetensors", vae, budget, steps=row["step"], metrics=result, size=size, **card)
 
 
@@ -271,12 +285,33 @@ def train_causal(bench: Bench) -> None:
     bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
 
 
+def regress(bench: Bench) -> None:
+    """Causal-Forcing's ODE pairs: the causal model as teacher of itself in few steps, the past clean. Matching that
+    begins here keeps its fine detail in one step, where the causal model alone loses it (`report.claims`)."""
+    recipe, preset, budget = bench.recipe, bench.preset, bench.recipe.ode
+    student, teacher = bench.dit("causal.safetensors"), bench.dit("causal.safetensors").requires_grad_(False)
+    adam = torch.optim.AdamW(student.parameters(), lr=budget.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    averages = {"student": train.Average(student, 0.99)}
+    state = train.TrainState({"student": student}, {"student": adam}, bench.generator(12), averages=averages)
+    schedule = trajectories.Schedule(recipe.solver_steps, preset.flow.shift, preset.flow.student_labels)
+    trajectory, draws = train.causal_teacher(teacher, preset.stream, schedule), bench.generator(13)
+    made = dict(batch=budget.batch, batches=recipe.pair_batches, generator=draws)
+    with bench.precision():
+        pairs = trajectories.pairs_in_memory(bench.latents, trajectory, **made)
+    options = dict(precision=bench.precision, record=bench.record(state.generator, draws))
+    step = train.ode_regression_step(compiled(bench, student), pairs, preset.stream, schedule.sigmas, **options)
+    run_fit(bench, "ode", step, state, budget, train.warmup_decay(0.05, 0.3))
+    spent = replace(budget, seconds=state.seconds)
+    card = dict(kind="causal student", steps=state.step, pairs=recipe.pair_batches * budget.batch * bench.ranks)
+    card["made_from"] = checkpoint.read_card(bench.out / "causal.safetensors")
+    bench.keep("ode.safetensors", state.averages["student"].module, spent, **card)
+
+
 def match_distributions(bench: Bench) -> None:
-    """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout. It begins with
-    the causal model: ODE pairs in between gain nothing here, consistency distillation loses (`report.claims`). What it
-    leaves walks, but does not stand yet."""
+    """Self-Forcing's distribution matching: bidirectional teacher and critic, the student's own rollout. What it leaves
+    walks, but does not stand yet."""
     budget, preset = bench.recipe.student, bench.preset
-    student, critic = bench.dit("causal.safetensors"), bench.dit("teacher.safetensors")
+    student, critic = bench.dit("ode.safetensors"), bench.dit("teacher.safetensors")
     teacher = bench.dit("teacher.safetensors").requires_grad_(False)
     adam = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
     state = train.TrainState(
@@ -311,7 +346,7 @@ def match_distributions(bench: Bench) -> None:
         if "student_g" in row or row["step"] % 10 == 0 or "skipped" in row:
             bench.say("student", **row)
     spent = replace(budget, seconds=state.seconds)
-    card = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / "causal.safetensors"))
+    card = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / "ode.safetensors"))
     bench.keep("matched.safetensors", state.averages["student"].module, spent, **card)
 
 
@@ -371,7 +406,7 @@ def generated(bench: Bench, batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
         with bench.precision():
             clips = evaluation.teacher_clips(teacher, batch, steps=50, shift=shift, generator=bench.generator(8))
         yield "teacher.safetensors", "50 steps", clips
-    for file, counts in (("causal", (4,)), ("matched", (4,)), ("student", (4, 2, 1))):
+    for file, counts in (("causal", (4,)), ("ode", (4,)), ("matched", (4,)), ("student", (4, 2, 1))):
         for count in counts if bench.has(f"{file}.safetensors") else ():
             steps = flow.few_steps(bench.preset.flow.labels(count), shift)
             with bench.precision():
@@ -394,6 +429,7 @@ STAGES: tuple[tuple[str, Callable[[Bench], None]], ...] = (
     ("vae.safetensors", train_tokenizer),
     ("teacher.safetensors", train_teacher),
     ("causal.safetensors", train_causal),
+    ("ode.safetensors", regress),
     ("matched.safetensors", match_distributions),
     ("student.safetensors", steady),
 )
@@ -450,7 +486,7 @@ def command_line(module: str) -> str:
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
     """The same recipe with every stage's seconds times `factor`."""
-    names = ("tokenizer", "teacher", "causal", "student", "still")
+    names = ("tokenizer", "teacher", "causal", "ode", "student", "still")
     budgets = {name: getattr(recipe, name) for name in names}
     return replace(recipe, **{n: replace(b, seconds=b.seconds * factor) for n, b in budgets.items()})
 

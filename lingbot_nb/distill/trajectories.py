@@ -29,7 +29,7 @@ from lingbot_nb.distill.forcing import (
     per_chunk,
     random_index,
 )
-from lingbot_nb.world.latents import Batch
+from lingbot_nb.world.latents import Batch, LatentClips
 
 # ---- integrating ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +301,38 @@ def make_pairs(
         noise = gaussian(batch.latents.float(), torch.Generator().manual_seed(seed * 1_000_003 + shard))
         store.write(shard, trajectory(batch, noise), batch.latents)
         yield {"shard": shard, "pairs": len(batch.latents), "left": len(left) - done}
+
+
+def pairs_in_memory(
+    clips: LatentClips,
+    trajectory: Callable[[Batch, Tensor], Tensor],
+    *,
+    batch: int,
+    batches: int,
+    generator: torch.Generator,
+) -> Iterator[Pair]:
+    """`batches` batches of `batch` pairs, made now and kept on the clips' device instead of in a store: by poses or by
+    keys, whole clips. Then random pairs of them without end, `batch` at a time."""
+    rows, modes, states = [], [], []
+    for _ in range(batches):
+        rows.append(random_index(len(clips), (batch,), generator).to(clips.latents.device))
+        modes.append(random_index(2, (batch,), generator).to(clips.latents.device).bool())
+        given = whole_clips(clips, rows[-1], modes[-1])
+        states.append(trajectory(given, gaussian(given.latents, generator)).float())
+    return _drawn(clips, batch, torch.cat(rows), torch.cat(modes), torch.cat(states), generator)
+
+
+def _drawn(
+    clips: LatentClips, batch: int, rows: Tensor, modes: Tensor, states: Tensor, generator: torch.Generator
+) -> Iterator[Pair]:
+    while True:
+        at = random_index(len(rows), (batch,), generator).to(rows.device)
+        yield Pair(whole_clips(clips, rows[at], modes[at]), states[at])
+
+
+def whole_clips(clips: LatentClips, rows: Tensor, modes: Tensor) -> Batch:
+    """The clips of `rows` from their first frame to their last, by poses where `modes`, else by keys."""
+    return clips.batch(rows, torch.zeros_like(rows), clips.latents.shape[1], modes)
 
 
 def write_bytes(file: Path, data: bytes) -> None:

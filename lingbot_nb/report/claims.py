@@ -28,7 +28,6 @@ from torch.nn.functional import conv2d
 
 from lingbot_nb import presets
 from lingbot_nb.distill import flow, train, trajectories
-from lingbot_nb.distill.forcing import gaussian, random_index
 from lingbot_nb.distill.long import joined
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.model import checkpoint
@@ -176,35 +175,12 @@ def _schedule(lab: Lab) -> trajectories.Schedule:
 def _regressed(lab: Lab, trajectory: Callable, schedule: trajectories.Schedule, *, clean_context: bool) -> DiT:
     student = lab.copy(lab.causal)
     state = lab.state({"student": lab.lr}, student=student)
-    pairs = stored_pairs(lab, trajectory, state.generator)
+    made = dict(batch=lab.sizes.batch, batches=lab.sizes.pair_batches, generator=state.generator)
+    with lab.precision():
+        pairs = trajectories.pairs_in_memory(lab.clips, trajectory, **made)
     options = dict(clean_context=clean_context, **lab.options(state))
     step = train.ode_regression_step(lab.compiled(student), pairs, lab.settings, schedule.sigmas, **options)
     return lab.learnt(step, state, lab.sizes.regression)
-
-
-def stored_pairs(
-    lab: Lab, trajectory: Callable[[Batch, Tensor], Tensor], generator: torch.Generator
-) -> Iterator[trajectories.Pair]:
-    """`pair_batches` batches of a teacher's trajectories, made now and kept on the device; random rows without end."""
-    size, frames = lab.sizes.batch, lab.clips.latents.shape[1]
-    rows, modes, states = [], [], []
-    for _ in range(lab.sizes.pair_batches):
-        rows.append(random_index(len(lab.clips), (size,), generator).to(lab.device))
-        modes.append(random_index(2, (size,), generator).to(lab.device).bool())
-        batch = lab.clips.batch(rows[-1], torch.zeros_like(rows[-1]), frames, modes[-1])
-        with lab.precision():
-            states.append(trajectory(batch, gaussian(batch.latents, generator)).float())
-    return _drawn_pairs(lab, torch.cat(rows), torch.cat(modes), torch.cat(states), generator)
-
-
-def _drawn_pairs(
-    lab: Lab, rows: Tensor, modes: Tensor, states: Tensor, generator: torch.Generator
-) -> Iterator[trajectories.Pair]:
-    frames = lab.clips.latents.shape[1]
-    while True:
-        at = random_index(len(rows), (lab.sizes.batch,), generator).to(lab.device)
-        clip = rows[at]
-        yield trajectories.Pair(lab.clips.batch(clip, torch.zeros_like(clip), frames, modes[at]), states[at])
 
 
 # ---- distribution matching ------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""What limits the tokenizer: decoders for the same latents, each pushed otherwise by its discriminator.
+
+    python -m lingbot_nb.report.decoder_limits decoders/0 decoders/0.3 decoders/0.8 --summary decoder-limits.json
+
+Each folder is one run of `distill.decoder --go-on --texture …`. The push trades PSNR for fine detail; a run without it
+shows the most PSNR that these latents give a decoder of this size, so what is missing there no push can bring.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lingbot_nb.model import checkpoint
+from lingbot_nb.report import figures
+from lingbot_nb.report.architecture import markdown_table
+from lingbot_nb.runs import write_json
+
+ASKED = {"psnr": 33.0, "sharpness": 0.5}
+"""What the tiny world's tokenizer was asked for: dB, and the Laplacian variance relative to the real frames'."""
+
+
+def row(folder: Path) -> dict:
+    """One decoder: its card's push, steps, seconds, machine and held-out numbers, and `course`, what its log tells of
+    [step, PSNR in dB, sharpness] on other held-out windows. FileNotFoundError for a folder that is no such run."""
+    file = folder / "vae.safetensors"
+    card = checkpoint.read_card(file)
+    if "texture" not in card or not (folder / "log.jsonl").exists():
+        raise FileNotFoundError(f"{folder} holds no run of distill.decoder with its log: name the folder of its --out")
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    told = [line for line in lines if line["stage"] == "tokenizer" and "psnr" in line]
+    course = [[line["step"], line["psnr"], line["sharpness"]] for line in told]
+    named = ("texture", "steps", "seconds", "batch", "machine", "decoder_of")
+    return {name: card[name] for name in named} | card["metrics"] | {"course": course}
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """A row a decoder, in Markdown."""
+    heads = ("push of the discriminator", "steps", "PSNR (dB)", "sharpness")
+    lines = [(f"{r['texture']:g}", f"{r['steps']:,}", f"{r['psnr']:.1f}", f"{r['sharpness']:.2f}") for r in rows]
+    return markdown_table(heads, lines)
+
+
+@figures.styled
+def figure(rows: Sequence[Mapping]) -> Figure:
+    """a: PSNR against sharpness, a point a decoder, with what was asked; b: PSNR over the steps of the decoder with the
+    least push."""
+    drawn, (trade, course) = plt.subplots(1, 2, figsize=(10, 3.8))
+    _trade(trade, sorted(rows, key=lambda r: r["texture"]))
+    least = min(rows, key=lambda r: r["texture"])
+    steps, psnr, _ = zip(*least["course"], strict=True)
+    course.plot(steps, psnr, color="#2f6fb7")
+    course.axhline(ASKED["psnr"], color="#c2410c", ls="--", lw=1)
+    course.set(
+        xlabel="optimiser steps",
+        ylabel="PSNR of 16 windows (dB)",
+        title=f"b  Going on with a push of {least['texture']:g}",
+    )
+    return drawn
+
+
+def _trade(ax: Axes, rows: Sequence[Mapping]) -> None:
+    ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color="#2f6fb7", mfc="white", ms=6)
+    for r in rows:
+        at = (r["sharpness"], r["psnr"])
+        ax.annotate(f"push {r['texture']:g}", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
+    ax.axhline(ASKED["psnr"], color="#c2410c", ls="--", lw=1, label="asked")
+    ax.axvline(ASKED["sharpness"], color="#c2410c", ls="--", lw=1)
+    ax.margins(0.15)
+    ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One set of latents, several pushes")
+    ax.legend(loc="lower left")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lingbot_nb.report.decoder_limits", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of distill.decoder")
+    parser.add_argument("--summary", type=Path, help="JSON of all rows; its figure goes beside it")
+    args = parser.parse_args()
+    rows = [row(folder) for folder in args.runs]
+    if args.summary:
+        write_json(args.summary, {"rows": rows})
+        figure(rows).savefig(args.summary.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What decoders of several pushes tell of a tokenizer's limit: rows from their folders, a table, a figure."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from lingbot_nb.model import checkpoint
+from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
+from lingbot_nb.report import decoder_limits
+from lingbot_nb.runs import PROJECT
+
+
+def run_folder(folder, texture: float, psnr: float, sharpness: float):
+    torch.manual_seed(0)
+    told = dict(texture=texture, steps=400, seconds=1.0, batch=2, machine="CPU", decoder_of="abc", kind="tokenizer")
+    found = {"psnr": psnr, "sharpness": sharpness}
+    checkpoint.save(folder / "vae.safetensors", TinyVAE(MICRO_VAE), size=asdict(MICRO_VAE), metrics=found, **told)
+    lines = [{"stage": "data", "clips": 3}]
+    lines += [{"stage": "tokenizer", "step": n, "psnr": psnr - 1 / n, "sharpness": sharpness} for n in (200, 400)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_row_is_what_a_run_left(tmp_path):
+    (tmp_path / "a").mkdir()
+    row = decoder_limits.row(run_folder(tmp_path / "a", 0.3, 32.0, 0.5))
+    assert (row["texture"], row["psnr"], row["sharpness"], row["steps"]) == (0.3, 32.0, 0.5, 400)
+    assert row["course"] == [[200, 32.0 - 1 / 200, 0.5], [400, 32.0 - 1 / 400, 0.5]]
+    assert decoder_limits.table([row]).splitlines()[2] == "| 0.3 | 400 | 32.0 | 0.50 |"
+
+
+def test_a_folder_without_a_log_is_named(tmp_path):
+    folder = run_folder(tmp_path, 0.3, 32.0, 0.5)
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no run of distill.decoder with its log"):
+        decoder_limits.row(folder)
+
+
+def test_from_the_command_line_rows_and_a_figure_are_kept(tmp_path, monkeypatch):
+    folders = []
+    for push, psnr in ((0.8, 31.5), (0.0, 32.5)):
+        folder = tmp_path / str(push)
+        folder.mkdir()
+        folders.append(str(run_folder(folder, push, psnr, 0.4 + push / 4)))
+    summary = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["decoder_limits", *folders, "--summary", str(summary)])
+    decoder_limits.main()
+    rows = json.loads(summary.read_text())["rows"]
+    assert [row["texture"] for row in rows] == [0.8, 0.0] and summary.with_suffix(".png").stat().st_size > 10_000
+    trade, course = decoder_limits.figure(rows).axes
+    assert trade.lines[0].get_ydata().tolist() == [32.5, 31.5], "by their push, least first"
+    assert course.lines[0].get_xdata().tolist() == [200, 400] and "push of 0" in course.get_title("left")
+
+
+def test_the_kept_runs_are_of_one_set_of_latents():
+    rows = json.loads((PROJECT / "papermill_runs" / "decoder-limits.json").read_text())["rows"]
+    assert len({row["decoder_of"] for row in rows}) == 1 and min(row["texture"] for row in rows) == 0
+    assert all(20 < row["psnr"] < 50 and 0 < row["sharpness"] < 2 and len(row["course"]) > 10 for row in rows)
