@@ -127,6 +127,14 @@ def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(ben
     assert checkpoint.read_card(file)["texture"] == 0.25
 
 
+def test_going_on_and_another_size_of_decoder_exclude_each_other(monkeypatch, capsys):
+    told = ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", "--go-on"]
+    monkeypatch.setattr("sys.argv", [*told, "--depths", "1", "1", "1"])
+    with pytest.raises(SystemExit):
+        decoder.main()
+    assert "--go-on keeps the decoder's own widths and depths" in capsys.readouterr().err
+
+
 def test_the_student_starts_from_pairs_of_the_causal_model(bench):
     bench.recipe = replace(bench.recipe, ode=Budget(3600, 2, 1e-3, steps=3), pair_batches=2)
     list(recipe.run(bench, "matched.safetensors"))

@@ -17,7 +17,7 @@ import torch
 from lingbot_nb.distill.recipe import Bench, Budget, Recipe, command_line, fit_tokenizer
 from lingbot_nb.distill.tokenizer import TokenizerSettings
 from lingbot_nb.model import checkpoint
-from lingbot_nb.model.vae import TinyVAE
+from lingbot_nb.model.vae import TinyVAE, VAESize
 
 
 def with_decoder(vae: TinyVAE, widths: tuple[int, ...], depths: tuple[int, ...]) -> TinyVAE:
@@ -30,15 +30,12 @@ def with_decoder(vae: TinyVAE, widths: tuple[int, ...], depths: tuple[int, ...])
 
 
 def main() -> None:
-    default = TinyVAE().size
     parser = argparse.ArgumentParser(prog="lingbot_nb.distill.decoder", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of collected clips, both splits")
     parser.add_argument("--vae", type=Path, required=True, help="the trained tokenizer, a .safetensors file")
     parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors, its card and log.jsonl")
-    parser.add_argument(
-        "--widths", type=int, nargs=3, default=default.decoder_widths, help="eighth, quarter, half size"
-    )
-    parser.add_argument("--depths", type=int, nargs=3, default=default.decoder_depths)
+    parser.add_argument("--widths", type=int, nargs=3, help="eighth, quarter, half size; default: the tiny VAE's")
+    parser.add_argument("--depths", type=int, nargs=3, help="default: the tiny VAE's")
     parser.add_argument("--go-on", action="store_true", help="from the decoder that is there, its widths and depths")
     parser.add_argument("--texture", type=float, default=TokenizerSettings.texture, help="push of the discriminator")
     parser.add_argument("--seconds", type=float, default=540)
@@ -47,12 +44,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
+    if args.go_on and (args.widths or args.depths):
+        parser.error("--go-on keeps the decoder's own widths and depths: leave --widths and --depths out")
     recipe = Recipe(compile=not args.no_compile)
     bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
     torch.manual_seed(args.seed)
     vae = TinyVAE.from_file(args.vae)
     if not args.go_on:
-        vae = with_decoder(vae, tuple(args.widths), tuple(args.depths))
+        default = VAESize()
+        widths, depths = args.widths or default.decoder_widths, args.depths or default.decoder_depths
+        vae = with_decoder(vae, tuple(widths), tuple(depths))
     encoder = checkpoint.read_card(args.vae)
     card = dict(kind="tokenizer", decoder_of=encoder["sha256"], encoder_command=encoder.get("command", ""))
     fit_tokenizer(

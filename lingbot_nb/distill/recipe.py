@@ -214,9 +214,8 @@ def fit_tokenizer(
         bench.say("tokenizer", **row)
     result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
     bench.say("tokenizer", held_out=result)
-    size = asdict(vae.size)
-    card |= {"texture": texture}
-    bench.keep("vae.safetensors", vae, budget, steps=row["step"], metrics=result, size=size, **card)
+    told = dict(steps=row["step"], metrics=result, size=asdict(vae.size), texture=texture)
+    bench.keep("vae.safetensors", vae, budget, **told, **card)
 
 
 def run_fit(bench: Bench, stage: str, step: train.Step, state: train.TrainState, budget: Budget, schedule) -> None:
@@ -247,6 +246,26 @@ def state_for(bench: Bench, role: str, dit: DiT, lr: float, average: float) -> t
         bench.generator(2),
         averages={role: train.Average(dit, average)},
     )
+
+
+def tuning_state(
+    bench: Bench, models: dict[str, DiT], lr: dict[str, float], average: float, purpose: int
+) -> train.TrainState:
+    """AdamW with DMD's betas for every role, an EMA of the student, this rank's own noise: what turns trained weights
+    into a student."""
+    adam = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    return train.TrainState(
+        models,
+        {role: adam(dit.parameters(), lr=lr[role]) for role, dit in models.items()},
+        bench.generator(purpose),
+        averages={"student": train.Average(models["student"], average)},
+    )
+
+
+def keep_student(bench: Bench, file: str, state: train.TrainState, budget: Budget, made_from: str, **card) -> None:
+    """The student's average, with the seconds that it took and the card of the weights it began as."""
+    told = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / made_from)) | card
+    bench.keep(file, state.averages["student"].module, replace(budget, seconds=state.seconds), **told)
 
 
 def train_teacher(bench: Bench) -> None:
@@ -290,9 +309,7 @@ def regress(bench: Bench) -> None:
     begins here keeps its fine detail in one step, where the causal model alone loses it (`report.claims`)."""
     recipe, preset, budget = bench.recipe, bench.preset, bench.recipe.ode
     student, teacher = bench.dit("causal.safetensors"), bench.dit("causal.safetensors").requires_grad_(False)
-    adam = torch.optim.AdamW(student.parameters(), lr=budget.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
-    averages = {"student": train.Average(student, 0.99)}
-    state = train.TrainState({"student": student}, {"student": adam}, bench.generator(12), averages=averages)
+    state = tuning_state(bench, {"student": student}, {"student": budget.lr}, 0.99, 12)
     schedule = trajectories.Schedule(recipe.solver_steps, preset.flow.shift, preset.flow.student_labels)
     trajectory, draws = train.causal_teacher(teacher, preset.stream, schedule), bench.generator(13)
     made = dict(batch=budget.batch, batches=recipe.pair_batches, generator=draws)
@@ -301,10 +318,8 @@ def regress(bench: Bench) -> None:
     options = dict(precision=bench.precision, record=bench.record(state.generator, draws))
     step = train.ode_regression_step(compiled(bench, student), pairs, preset.stream, schedule.sigmas, **options)
     run_fit(bench, "ode", step, state, budget, train.warmup_decay(0.05, 0.3))
-    spent = replace(budget, seconds=state.seconds)
-    card = dict(kind="causal student", steps=state.step, pairs=recipe.pair_batches * budget.batch * bench.ranks)
-    card["made_from"] = checkpoint.read_card(bench.out / "causal.safetensors")
-    bench.keep("ode.safetensors", state.averages["student"].module, spent, **card)
+    card = dict(kind="causal student", pairs=recipe.pair_batches * budget.batch * bench.ranks)
+    keep_student(bench, "ode.safetensors", state, budget, "causal.safetensors", **card)
 
 
 def match_distributions(bench: Bench) -> None:
@@ -313,16 +328,8 @@ def match_distributions(bench: Bench) -> None:
     budget, preset = bench.recipe.student, bench.preset
     student, critic = bench.dit("ode.safetensors"), bench.dit("teacher.safetensors")
     teacher = bench.dit("teacher.safetensors").requires_grad_(False)
-    adam = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
-    state = train.TrainState(
-        {"student": student, "critic": critic},
-        {
-            "student": adam(student.parameters(), lr=budget.lr),
-            "critic": adam(critic.parameters(), lr=bench.recipe.critic_lr),
-        },
-        bench.generator(6),
-        averages={"student": train.Average(student, 0.99)},
-    )
+    rates = {"student": budget.lr, "critic": bench.recipe.critic_lr}
+    state = tuning_state(bench, {"student": student, "critic": critic}, rates, 0.99, 6)
     draws = bench.generator(7)
     batches = bench.latents.batches(budget.batch, draws)
 
@@ -345,18 +352,14 @@ def match_distributions(bench: Bench) -> None:
     for row in train.fit(step, state, **ends, schedule=train.warmup_decay(0.05, 0.3), log_every=LOG_EVERY, skips=SKIPS):
         if "student_g" in row or row["step"] % 10 == 0 or "skipped" in row:
             bench.say("student", **row)
-    spent = replace(budget, seconds=state.seconds)
-    card = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / "ode.safetensors"))
-    bench.keep("matched.safetensors", state.averages["student"].module, spent, **card)
+    keep_student(bench, "matched.safetensors", state, budget, "ode.safetensors")
 
 
 def steady(bench: Bench) -> None:
     """Teaches the student to stand (`still`) and holds it to what it was on real walks, lest it forgets to walk."""
     budget, preset = bench.recipe.still, bench.preset
     dit, before = bench.dit("matched.safetensors"), bench.dit("matched.safetensors").requires_grad_(False)
-    adam = torch.optim.AdamW(dit.parameters(), lr=budget.lr, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
-    averages = {"student": train.Average(dit, 0.9)}
-    state = train.TrainState({"student": dit}, {"student": adam}, bench.generator(10), averages=averages)
+    state = tuning_state(bench, {"student": dit}, {"student": budget.lr}, 0.9, 10)
     draws, precision = bench.generator(11), dict(precision=bench.precision)
     walks = bench.latents.batches(max(1, budget.batch // 2), draws)
     halts = halts_of(bench.vae(), bench.latents, bench.train)
@@ -369,9 +372,7 @@ def steady(bench: Bench) -> None:
         still_step(dit, batches, preset.stream, labels, train.grad_caches(preset), **precision),
     )
     run_fit(bench, "steady", step, state, budget, train.warmup_decay(0.08, 0.3))
-    spent = replace(budget, seconds=state.seconds)
-    card = dict(kind="student", steps=state.step, made_from=checkpoint.read_card(bench.out / "matched.safetensors"))
-    bench.keep("student.safetensors", state.averages["student"].module, spent, **card)
+    keep_student(bench, "student.safetensors", state, budget, "matched.safetensors")
 
 
 def evaluate(bench: Bench, clips: int = 128) -> None:

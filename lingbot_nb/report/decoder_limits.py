@@ -18,10 +18,8 @@ from matplotlib.figure import Figure
 from lingbot_nb.model import checkpoint
 from lingbot_nb.report import figures
 from lingbot_nb.report.architecture import markdown_table
+from lingbot_nb.report.score_view import ASKED, asked_line
 from lingbot_nb.runs import write_json
-
-ASKED = {"psnr": 33.0, "sharpness": 0.5}
-"""What the tiny world's tokenizer was asked for: dB, and the Laplacian variance relative to the real frames'."""
 
 
 def row(folder: Path) -> dict:
@@ -53,8 +51,8 @@ def figure(rows: Sequence[Mapping]) -> Figure:
     _trade(trade, sorted(rows, key=lambda r: r["texture"]))
     least = min(rows, key=lambda r: r["texture"])
     steps, psnr, _ = zip(*least["course"], strict=True)
-    course.plot(steps, psnr, color="#2f6fb7")
-    course.axhline(ASKED["psnr"], color="#c2410c", ls="--", lw=1)
+    course.plot(steps, psnr, color=figures.STUDENT)
+    asked_line(course, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB")
     course.set(
         xlabel="optimiser steps",
         ylabel="PSNR of 16 windows (dB)",
@@ -64,15 +62,14 @@ def figure(rows: Sequence[Mapping]) -> Figure:
 
 
 def _trade(ax: Axes, rows: Sequence[Mapping]) -> None:
-    ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color="#2f6fb7", mfc="white", ms=6)
+    ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=figures.STUDENT, mfc="white", ms=6)
     for r in rows:
         at = (r["sharpness"], r["psnr"])
         ax.annotate(f"push {r['texture']:g}", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
-    ax.axhline(ASKED["psnr"], color="#c2410c", ls="--", lw=1, label="asked")
-    ax.axvline(ASKED["sharpness"], color="#c2410c", ls="--", lw=1)
-    ax.margins(0.15)
+    asked_line(ax, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB, sharpness {ASKED['sharpness']}")
+    ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
+    ax.margins(x=0.3, y=0.15)
     ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One set of latents, several pushes")
-    ax.legend(loc="lower left")
 
 
 def main() -> None:

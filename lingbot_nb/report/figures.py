@@ -28,6 +28,8 @@ from lingbot_nb.report.metrics import bootstrap_mean
 
 TEACHER, STUDENT, CLEAN, NOISY = "#7f7f7f", "#2f6fb7", "#3f9b57", "#f0883e"
 """Teacher grey, student blue, clean context green, noisy orange."""
+LIMIT = "#c1121f"
+"""What was asked for, what cannot be passed, what a picture points at."""
 SINK, REAL, HIDDEN, INK = "#1d6b3a", "#222222", "#f3f3f1", "#333333"
 COLOURS = {
     "teacher": TEACHER,
@@ -180,7 +182,7 @@ def mask_picture(
     ax.set_ylabel("query frame (clean | noisy)" if halves else "query frame (who looks)")
     if query is not None:
         corner = (-0.5, query * tokens_per_frame - 0.5)
-        ax.add_patch(Rectangle(corner, keep.shape[1], tokens_per_frame, fill=False, lw=1.8, ec="#c1121f", zorder=5))
+        ax.add_patch(Rectangle(corner, keep.shape[1], tokens_per_frame, fill=False, lw=1.8, ec=LIMIT, zorder=5))
     if halves:
         handles = [Patch(color=CLEAN, label="clean key"), Patch(color=NOISY, label="noisy key")]
         # The upper right quarter is empty: no clean frame sees a noisy one.
@@ -255,7 +257,7 @@ def query_picture(
         face = NOISY if frame in own else SINK if frame < sink else CLEAN
         ax.add_patch(Rectangle((frame + 0.05, 0), 0.9, 1, fc=face if visible else HIDDEN, ec="#999999", lw=0.6))
         ax.text(frame + 0.5, 0.5, frame, ha="center", va="center", color="white" if visible else "#999999", fontsize=8)
-    ax.add_patch(Rectangle((query + 0.02, -0.05), 0.96, 1.1, fill=False, ec="#c1121f", lw=2))
+    ax.add_patch(Rectangle((query + 0.02, -0.05), 0.96, 1.1, fill=False, ec=LIMIT, lw=2))
     ax.set(xlim=(-0.1, len(seen) + 0.1), ylim=(-0.15, 1.15), yticks=[], xticks=[])
     _bare(ax)
     handles = [Patch(color=SINK, label="sink"), Patch(color=CLEAN, label="past"), Patch(color=NOISY, label="own chunk")]
@@ -354,10 +356,10 @@ def latency_waterfall(
         start = start + span
     for row, total in enumerate(start):
         ax.text(total, row, f" {total:.0f} ms", va="center", fontsize=8, color=INK)
-    ax.axvline(budget_ms, color="#c1121f", lw=1.5, ls="--")
+    ax.axvline(budget_ms, color=LIMIT, lw=1.5, ls="--")
     ax.set(xlim=(0, 1.15 * max(start.max(), budget_ms)), ylim=(len(chunks) - 0.4, -0.6), yticks=range(len(chunks)))
     late = int((start > budget_ms).sum())
-    ax.text(budget_ms, -0.62, f"real time, {budget_ms:.0f} ms ", color="#c1121f", fontsize=8, ha="right", va="bottom")
+    ax.text(budget_ms, -0.62, f"real time, {budget_ms:.0f} ms ", color=LIMIT, fontsize=8, ha="right", va="bottom")
     ax.set_xlabel("ms since the chunk began")
     ax.set_ylabel("chunk")
     ax.figure.legend(*ax.get_legend_handles_labels(), ncols=len(stages), loc="outside lower center")
@@ -376,12 +378,12 @@ def speed_ladder(rows: Sequence[Mapping], *, title: str = "", ax: Axes | None = 
     fps, best = [row["fps"] for row in rows], [row["fps"] * row["period"] / row["floor"] for row in rows]
     places = range(len(rows))
     ax.barh(places, fps, height=0.66, color=[TEACHER, *[STUDENT] * (len(rows) - 1)])
-    ax.vlines(best, [y - 0.38 for y in places], [y + 0.38 for y in places], color="#c1121f", lw=1.5)
+    ax.vlines(best, [y - 0.38 for y in places], [y + 0.38 for y in places], color=LIMIT, lw=1.5)
     for y in places:
         gain = "" if y == 0 else f"{fps[y] / fps[y - 1]:.2f}x   "
         # Inside the bar, where no floor can cross it.
         ax.text(fps[y], y, f"{gain}{fps[y]:.1f}  ", va="center", ha="right", fontsize=8, color="white")
-    ax.text(best[0], -0.45, "arithmetic floor ", color="#c1121f", fontsize=8, ha="right", va="bottom")
+    ax.text(best[0], -0.45, "arithmetic floor ", color=LIMIT, fontsize=8, ha="right", va="bottom")
     ax.set_yticks(places, [row["name"] for row in rows])
     ax.set(xlim=(0, 1.12 * max(*best, *fps)), ylim=(len(rows) - 0.4, -0.9), xlabel="pixel frames a second")
     ax.set_title(title, pad=8)
@@ -407,8 +409,8 @@ def speed_waterfall(
     others = [row["stages"].get(beside, 0.0) for row in rows]
     ax.barh(places + 0.36, others, left=begun, height=0.16, color=_stage_colour(beside, 0), label=f"{beside}, beside")
     floors = [row["floor"] for row in rows]
-    ax.vlines(floors, places - 0.32, places + 0.44, color="#c1121f", lw=1.5)
-    ax.text(floors[0], -0.4, "arithmetic floor ", color="#c1121f", fontsize=8, ha="right", va="bottom")
+    ax.vlines(floors, places - 0.32, places + 0.44, color=LIMIT, lw=1.5)
+    ax.text(floors[0], -0.4, "arithmetic floor ", color=LIMIT, fontsize=8, ha="right", va="bottom")
     for place, row, end in zip(places, rows, start, strict=True):
         ax.text(end, place, f" {row['period']:.0f}", va="center", fontsize=8, color=INK)
     ax.set_yticks(places, [row["name"] for row in rows])

@@ -310,9 +310,10 @@ def _window_rows(size: int, dtype: torch.dtype) -> torch.Tensor:
     """The window at each of the `size` - 10 places along a line, as rows [size - 10, size]."""
     offsets = torch.arange(-5, 6, dtype=dtype)
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = window / window.sum()
     rows = torch.zeros(size - 10, size, dtype=dtype)
     for place, row in enumerate(rows):
-        row[place : place + 11] = window / window.sum()
+        row[place : place + 11] = window
     return rows
 
 

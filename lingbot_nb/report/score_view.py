@@ -15,7 +15,7 @@ from lingbot_nb.presets import FPS
 from lingbot_nb.report import figures
 from lingbot_nb.report.architecture import markdown_table
 
-ASKED = {"direction": 98, "still": 26, "drift": 15}
+ASKED = {"direction": 98, "still": 26, "drift": 15, "tokenizer": 33, "sharpness": 0.5}
 """What the project asks of the shipped student: percent, dB, percent either way."""
 
 
@@ -220,7 +220,7 @@ def _keys(ax: Axes, part: Mapping) -> None:
         reach = np.abs(share[:, 1:] - share[:, :1]).T
         ax.bar(at, share[:, 0], width * 0.92, color=style["color"], label=label)
         ax.errorbar(at, share[:, 0], reach, fmt="none", ecolor="#888888", lw=1)
-    _line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %", 102)
+    asked_line(ax, ASKED["direction"], f"asked: {ASKED['direction']} %", 102)
     ax.set_xticks(range(6), list("WASDJL"))
     ax.set(ylim=(0, 112), xlabel="key held for a second", ylabel="chunks in the right direction (%)")
     ax.set_title("Control, where the scene moves")
@@ -230,7 +230,7 @@ def _still(ax: Axes, part: Mapping) -> None:
     for label, row in part.items():
         if label.startswith("student"):
             _band(ax, row["seconds"], row["still"], look(label))
-    _line(ax, ASKED["still"], f"asked: {ASKED['still']} dB")
+    asked_line(ax, ASKED["still"], f"asked: {ASKED['still']} dB")
     ax.set(xlabel="seconds without a key", ylabel="PSNR to the first second's end (dB)")
     ax.set_title("Standing still")
     ax.grid(axis="y")
@@ -248,10 +248,11 @@ def _drift(ax: Axes, part: Mapping, name: str, title: str) -> None:
     ax.set_title(title)
 
 
-def _line(ax: Axes, at: float, words: str, words_at: float | None = None) -> None:
-    ax.axhline(at, color="#c1121f", lw=1, ls="--")
+def asked_line(ax: Axes, at: float, words: str, words_at: float | None = None) -> None:
+    """What was asked for, at a height, with its words at the right end."""
+    ax.axhline(at, color=figures.LIMIT, lw=1, ls="--")
     place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
-    ax.text(0.99, at if words_at is None else words_at, words, color="#c1121f", fontsize=8, **place)
+    ax.text(0.99, at if words_at is None else words_at, words, color=figures.LIMIT, fontsize=8, **place)
 
 
 PANELS: tuple[tuple[str, Callable[[Axes, Mapping], None]], ...] = (
