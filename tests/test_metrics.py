@@ -136,6 +136,15 @@ def test_frechet_distance_of_known_gaussians():
         metrics.frechet_distance(first, second[:, :1])
 
 
+@pytest.mark.parametrize("measure", [metrics.laplacian_variance, metrics.saturation])
+def test_many_frames_at_once_measure_as_one_by_one(measure):
+    films = np.random.default_rng(3).integers(0, 256, (2, 11, 12, 10, 3), dtype=np.uint8)
+    together = measure(films)
+    assert together.shape == (2, 11)
+    np.testing.assert_array_equal(together, [[measure(frame) for frame in film] for film in films])
+    assert measure(films[:, :0]).shape == (2, 0)
+
+
 def test_laplacian_variance_equals_opencv():
     frame = _frames(1, 24, 30)
     luma = (frame[0] @ metrics.LUMA).astype(np.float64)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lingbot_nb import presets
 from lingbot_nb.distill import flow, parallel, tokenizer, train, trajectories
+from lingbot_nb.distill.long import LongRollout, last_picture, long_batches
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.distill.still import halts_of, still_step
@@ -65,6 +66,8 @@ class Recipe:
     student: Budget = Budget(150, 16, 3e-5, steps=39)
     """39 updates of the critic, 6 of the student: more sharpen its pictures and lead its walks astray (the arms of
     `report.claims` that differ in length show by how much)."""
+    walks: tuple[int, ...] = ()
+    """Lengths in latent frames of the walks at whose ends matching looks (`long`); none: it looks at plain clips."""
     still: Budget = Budget(240, 6, 3e-5, steps=60)
     """The last stage: as many updates on halts of this many clips, and on half as many real walks."""
     still_frames: int = 29
@@ -331,11 +334,11 @@ def match_distributions(bench: Bench) -> None:
     rates = {"student": budget.lr, "critic": bench.recipe.critic_lr}
     state = tuning_state(bench, {"student": student, "critic": critic}, rates, 0.99, 6)
     draws = bench.generator(7)
-    batches = bench.latents.batches(budget.batch, draws)
-
     labels = flow.few_steps(preset.flow.student_labels, preset.flow.shift)
+    make_clip = train.OwnRollout(student, preset.stream, labels, train.grad_caches(preset))
+    make_clip, batches = to_be_judged(bench, make_clip, draws)
     step = train.dmd_step(
-        train.OwnRollout(student, preset.stream, labels, train.grad_caches(preset)),
+        make_clip,
         compiled(bench, critic),
         compiled(bench, teacher),
         batches,
@@ -353,6 +356,19 @@ def match_distributions(bench: Bench) -> None:
         if "student_g" in row or row["step"] % 10 == 0 or "skipped" in row:
             bench.say("student", **row)
     keep_student(bench, "matched.safetensors", state, budget, "ode.safetensors")
+
+
+def to_be_judged(
+    bench: Bench, clips: train.OwnRollout, draws: torch.Generator
+) -> tuple[train.MakeClip, Iterator[Batch]]:
+    """What matching looks at, and the batches that it is made of: plain clips, or the ends of longer walks."""
+    size, frames = bench.recipe.student.batch, bench.preset.shape.frames
+    if not bench.recipe.walks:
+        return clips, bench.latents.batches(size, draws)
+    vae = bench.vae()
+    walks = LongRollout(clips, frames, bench.recipe.walks, last_picture(vae, vae.size.memory + 1))
+    whole = -(-(max(bench.recipe.walks) - 1) // (frames - 1))
+    return walks, long_batches(bench.latents, size, draws, whole)
 
 
 def steady(bench: Bench) -> None:
