@@ -158,15 +158,15 @@ def test_only_chunks_in_which_the_simulator_moved_as_asked_count(played):
     for row in found.values():
         # 5 chunks of the first, all read right; 7 of the second (the one after the change is excused), of which the
         # fourth is read wrong; none of the third.
-        assert row["direction_moved"][0] == pytest.approx(11 / 12) and row["direction_moved"][3] == 12
+        assert row["walk_moved"][0] == pytest.approx(11 / 12) and row["walk_moved"][3] == 12
         assert row["walk"][0] == pytest.approx(12 / 21)
     alone = trials.control(replace(played, simulate=False), pairs=("ws",)).scores
-    assert list(alone) == ["student, 2 steps"] and "direction_moved" not in alone["student, 2 steps"]
+    assert list(alone) == ["student, 2 steps"] and "walk_moved" not in alone["student, 2 steps"]
     assert alone["student, 2 steps"]["walk"] == found["student, 2 steps"]["walk"]
 
 
 def test_turns_say_nothing_of_walks(played):
-    assert all("direction_moved" not in row for row in trials.control(played, pairs=("jl",)).scores.values())
+    assert all("walk_moved" not in row for row in trials.control(played, pairs=("jl",)).scores.values())
 
 
 def test_the_simulator_gives_the_poses_of_its_films():
@@ -224,6 +224,7 @@ def test_sharpness_drift_is_relative_to_the_first_second(exam):
 
 QUICK = {
     "follow": partial(trials.follow, frames=5),
+    "draws": partial(trials.redraw, draws=2),
     "control": partial(trials.control, pairs=("ws", "jl")),
     "stand": partial(trials.stand, seconds=2),
     "go_and_return": trials.go_and_return,
@@ -253,6 +254,21 @@ def test_a_whole_exam_needs_no_simulator(examined):
     assert not list(file.parent.glob("*partial*"))
     names = ("follow-1", "follow-2", "control-1", "stand-1", "go-and-return-1", "free-walk-1")
     assert {p.name for p in (file.parent / "scores").iterdir()} == {f"{name}.jpg" for name in names}
+
+
+def test_one_draw_of_noise_is_what_follow_measures_and_more_are_averaged(exam):
+    once, followed = trials.redraw(exam, draws=1).scores, trials.follow(exam).scores
+    assert list(once) == ["student, poses", "student, 2 steps", "student, 1 step"]
+    for label, row in once.items():
+        assert row["psnr"] == followed[label]["psnr"] and row["sharpness"] == followed[label]["sharpness"]
+    other = trials.redraw(replace(exam, seed=1), draws=1).scores["student, poses"]
+    both = trials.redraw(exam, draws=2).scores["student, poses"]
+    first = once["student, poses"]
+    assert both["psnr_by_draw"]["1"] == [first["psnr"]["1"][0], other["psnr"]["1"][0]]
+    assert both["psnr_by_draw"]["1"][0] != both["psnr_by_draw"]["1"][1]
+    assert both["psnr"]["1"][0] == pytest.approx(np.mean(both["psnr_by_draw"]["1"]))
+    assert both["psnr"]["1"][3] == len(exam.clips)
+    assert both["sharpness"][0] == pytest.approx(np.mean([first["sharpness"][0], other["sharpness"][0]]))
 
 
 def test_a_finished_exam_is_not_made_again(exam, examined):
@@ -294,12 +310,12 @@ def test_scores_from_before_a_row_was_added_still_make_a_table():
     found = json.loads((PROJECT / "data" / "scores.json").read_text())
     control = found["parts"]["control"]
     for row in control.values():
-        row.pop("direction_moved", None)
+        row.pop("walk_moved", None)
     title = "W A S D right where the simulator moved as asked (%)"
     before = score_view.table(found)
     assert title not in before and "W A S D held: steps the right way (%)" in before
     score_view.plt.close(score_view.figure(found))
-    control["student, 4 steps"]["direction_moved"] = [0.97, 0.96, 0.98, 2800.0]
+    control["student, 4 steps"]["walk_moved"] = [0.97, 0.96, 0.98, 2800.0]
     (added,) = set(score_view.table(found).splitlines()) - set(before.splitlines())
     assert added.startswith(f"| {title} | – |") and "| 97.0 [96.0, 98.0] |" in added
 

@@ -92,6 +92,7 @@ def judged(judge: Judge, films: np.ndarray, keys: np.ndarray) -> dict:
 Trial = Callable[[Exam], Outcome]
 TRIALS: dict[str, Trial] = {
     "follow": trials.follow,
+    "draws": trials.redraw,
     "control": trials.control,
     "stand": trials.stand,
     "go_and_return": trials.go_and_return,

@@ -6,7 +6,7 @@ same starts, and its films and their reconstructions are scored by the same rule
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -256,10 +256,16 @@ def followers(exam: Exam, clips: Sequence[Clip]) -> Iterator[tuple[str, np.ndarr
     if exam.teacher is not None:
         sample = partial(evaluation.teacher_clips, exam.teacher, steps=exam.teacher_steps)
         yield "teacher, poses", generated(exam, batches, partial(sample, shift=exam.preset.flow.shift), True)
+    for label, make, with_poses in students(exam):
+        yield label, generated(exam, batches, make, with_poses)
+
+
+def students(exam: Exam) -> Iterator[tuple[str, Callable, bool]]:
+    """The student's ways to walk: label, what makes clips of a batch, and whether it is told poses or keys."""
     stream = partial(evaluation.student_clips, exam.student, preset=exam.preset)
-    yield "student, poses", generated(exam, batches, partial(stream, steps=exam.steps(exam.student_steps[0])), True)
+    yield "student, poses", partial(stream, steps=exam.steps(exam.student_steps[0])), True
     for count in exam.student_steps:
-        yield steps_label(count), generated(exam, batches, partial(stream, steps=exam.steps(count)), False)
+        yield steps_label(count), partial(stream, steps=exam.steps(count)), False
 
 
 def latent_batches(exam: Exam, clips: Sequence[Clip]) -> list[LatentClips]:
@@ -290,13 +296,11 @@ def against(exam: Exam, real: np.ndarray, films: np.ndarray, seen: Reading, read
         name: {at: interval(measure(real[:, span], films[:, span]).mean(1)) for at, span in spans.items()}
         for name, measure in measures.items()
     }
-    # Film by film: all at once would take gigabytes.
-    detail = [[metrics.laplacian_variance(film).mean() for film in part] for part in (films, real)]
     ends = slice(TIME_STRIDE, None, TIME_STRIDE)
     pairs = list(zip(real[:, ends], films[:, ends], strict=True))
     curves = {name: np.stack([measures[name](*pair) for pair in pairs]) for name in ("psnr", "perceptual")}
     return scores | {
-        "sharpness": ratio(*detail),
+        "sharpness": ratio(fine_detail(films), fine_detail(real)),
         "frame_frechet": frechet_distance(*(x.frames[:, 1:].reshape(-1, x.frames.shape[-1]) for x in (seen, reading))),
         "second_frechet": second_distance(seen, reading),
         "seconds": [(i + 1) * TIME_STRIDE / FPS for i in range(curves["psnr"].shape[1])],
@@ -325,6 +329,36 @@ def read_scores(exam: Exam, reading: Reading, known: tuple[np.ndarray, np.ndarra
 
 def psnr_line(row: Mapping) -> str:
     return "PSNR " + ", ".join(f"{value[0]:.1f} at {at} s" for at, value in row["psnr"].items())
+
+
+def redraw(exam: Exam, draws: int = 4) -> Outcome:
+    """How much of `follow` is the luck of the noise: the student's walks under `draws` seeds. PSNR and sharpness are
+    means over the seeds, a walk's own first, with the interval over walks, and each seed's beside them."""
+    real = np.stack([clip.frames for clip in exam.clips])
+    spans = {f"{s:g}": horizon_frames(s) for s in evaluation.HORIZONS if horizon_frames(s).stop <= real.shape[1]}
+    batches, detail = latent_batches(exam, exam.clips), fine_detail(real)
+    scores = {}
+    for label, make, with_poses in students(exam):
+        psnrs, details = [], []
+        for seed in range(exam.seed, exam.seed + draws):
+            films = generated(replace(exam, seed=seed), batches, make, with_poses)
+            psnrs.append([psnr(real[:, span], films[:, span]).mean(1) for span in spans.values()])
+            details.append(fine_detail(films))
+        by_walk, by_draw = np.mean(psnrs, 0), np.mean(psnrs, 2)
+        scores[label] = {
+            "psnr": {at: interval(row) for at, row in zip(spans, by_walk, strict=True)},
+            "sharpness": ratio(np.mean(details, 0), detail),
+            "psnr_by_draw": {at: row.tolist() for at, row in zip(spans, by_draw.T, strict=True)},
+            "sharpness_by_draw": (np.sum(details, 1) / detail.sum()).tolist(),
+            "draws": draws,
+        }
+        exam.say(f"  {label}: {psnr_line(scores[label])}, sharpness {scores[label]['sharpness'][0]:.2f}")
+    return Outcome(scores)
+
+
+def fine_detail(films: np.ndarray) -> np.ndarray:
+    """Mean Laplacian variance of every film [B]."""
+    return np.array([metrics.laplacian_variance(film).mean() for film in films])
 
 
 # ---- control ---------------------------------------------------------------------------------------------------------
@@ -434,7 +468,7 @@ def control_scores(parts: Sequence[Asked], focal: float) -> dict:
             scores[f"{kind}_reaction_to_change"] = interval(np.concatenate([reactions(p, p.half) for p in some]))
     known = [(p.right, p.counts & p.moved) for p in kinds["walk"] if p.moved is not None]
     if known:
-        scores["direction_moved"] = counted_together(known)
+        scores["walk_moved"] = counted_together(known)
     if kinds["turn"]:
         turned = kinds["turn"]
         moved = np.concatenate([p.shift for p in turned], 1)
