@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lingbot_nb import presets
-from lingbot_nb.distill import decoder, recipe
+from lingbot_nb.distill import decoder, recipe, train
 from lingbot_nb.distill.recipe import Bench, Budget, Recipe
 from lingbot_nb.model import checkpoint
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, VAESize
@@ -142,6 +142,21 @@ def test_the_student_starts_from_pairs_of_the_causal_model(bench):
     assert card["steps"] == 3 and card["pairs"] == 4 and card["kind"] == "causal student"
     matched = checkpoint.read_card(bench.out / "matched.safetensors")
     assert matched["made_from"]["sha256"] == card["sha256"]
+
+
+def test_matching_can_look_at_the_ends_of_longer_walks(bench):
+    frames = bench.preset.shape.frames
+    bench.recipe = replace(bench.recipe, walks=(2 * frames - 1,), student=Budget(3600, 1, 1e-3, steps=11))
+    list(recipe.run(bench, "matched.safetensors"))
+    rows = [json.loads(line) for line in (bench.out / "log.jsonl").read_text().splitlines()]
+    assert [row["student_g"] > 0 for row in rows if row["stage"] == "student" and "student_g" in row] == [True]
+    clips = train.OwnRollout(None, bench.preset.stream, (), None)
+    make_clip, batches = recipe.to_be_judged(bench, clips, bench.generator())
+    assert make_clip.walks == (2 * frames - 1,) and make_clip.frames == frames
+    assert next(batches).latents.shape[2] == 2 * frames - 1
+    bench.recipe = replace(bench.recipe, walks=())
+    make_clip, batches = recipe.to_be_judged(bench, clips, bench.generator())
+    assert make_clip is clips and next(batches).latents.shape[2] == frames
 
 
 def test_a_teacher_can_go_on_from_weights(bench, tmp_path):

@@ -479,6 +479,8 @@ def main() -> None:
     parser.add_argument("--no-evaluate", action="store_true", help="train, and measure nothing")
     parser.add_argument("--evaluate-only", action="store_true", help="train nothing, measure the weights in --out")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the seconds of stages")
+    told = "matching looks at the ends of walks of so many latent frames instead of plain clips"
+    parser.add_argument("--walks", type=int, nargs="*", default=[], help=told)
     parser.add_argument("--no-compile", action="store_true", help="eager layers: slower steps, no compile time")
     parser.add_argument(
         "--no-record", action="store_true", help="run every step anew instead of replaying a CUDA graph"
@@ -487,7 +489,7 @@ def main() -> None:
     args = parser.parse_args()
     compiling = dict(compile=not args.no_compile, one_graph=args.one_graph, record=not args.no_record)
     place = dict(preset=presets.by_name(args.preset), map=args.map, teacher_from=args.teacher_from)
-    recipe = scaled(Recipe(**place, **compiling), args.scale)
+    recipe = scaled(Recipe(**place, **compiling, walks=tuple(args.walks)), args.scale)
     bench = Bench(recipe, args.data, args.out, args.seed, args.collect, command_line(parser.prog))
     if not args.evaluate_only:
         for _ in run(bench, args.until):
