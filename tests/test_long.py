@@ -9,7 +9,7 @@ from test_train import SHIFT, STREAM, assert_same, fails_at, kill_and_resume, ma
 
 from lingbot_nb.distill import train
 from lingbot_nb.distill.flow import few_steps
-from lingbot_nb.distill.long import LongRollout, joined, last_picture, long_batches
+from lingbot_nb.distill.long import LongRollout, clips_for, joined, last_picture, long_batches
 from lingbot_nb.distill.train import Stream, TrainState
 from lingbot_nb.model.kv_cache import GradCache
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
@@ -151,6 +151,13 @@ def test_joined_clips_keep_all_motion_but_that_of_the_seam():
     assert both.latents.shape[2] == both.control.shape[2] == both.condition.shape[2] == 9
     assert torch.equal(both.control, torch.cat([one.control, two.control[:, :, 1:]], 2))
     assert torch.equal(both.condition[:, :, :5], one.condition) and both.context is one.context
+
+
+@pytest.mark.parametrize(("walk", "clips"), [(5, 1), (6, 2), (9, 2), (10, 3)])
+def test_joined_clips_are_no_shorter_than_the_walk(walk, clips):
+    assert clips_for(walk, 5) == clips
+    parts = [random_batch(frames=5)] * clips
+    assert walk <= joined(parts).latents.shape[2] < walk + 4
 
 
 def test_long_batches_have_one_control_mode_a_row():

@@ -159,6 +159,11 @@ def test_matching_can_look_at_the_ends_of_longer_walks(bench):
     assert make_clip is clips and next(batches).latents.shape[2] == frames
 
 
+def test_walks_that_are_no_whole_chunks_are_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="the last 21 frames of a walk of 5 are not one frame and whole chunks"):
+        Recipe(walks=(21, 5))
+
+
 def test_a_teacher_can_go_on_from_weights(bench, tmp_path):
     """Its average has forgotten nothing after one blink of a step; from nothing it would be a fresh network."""
     torch.manual_seed(5)

@@ -2,7 +2,8 @@
 
     clips = OwnRollout(student, settings, steps, make_cache)
     make_clip = LongRollout(clips, frames=21, walks=(21, 41), picture=last_picture(vae))
-    step = dmd_step(make_clip, critic, teacher, long_batches(latents, 8, generator, 2), settings, known=1, shift=3.0)
+    batches = long_batches(latents, 8, generator, clips_for(41, 21))
+    step = dmd_step(make_clip, critic, teacher, batches, settings, known=1, shift=3.0)
 
 A teacher knows clips of F frames; the student's errors grow over many more. So the student walks N > F frames through
 its cache, window and sink included, the first N - F + 1 of them without gradient, and teacher and critic are shown the
@@ -23,7 +24,7 @@ from torch import Tensor
 from lingbot_nb.distill import parallel
 from lingbot_nb.distill.forcing import random_index
 from lingbot_nb.distill.train import OwnRollout
-from lingbot_nb.presets import MASK_CHANNELS
+from lingbot_nb.presets import MASK_CHANNELS, StreamSettings
 from lingbot_nb.world.latents import Batch, LatentClips
 
 Picture = Callable[[Tensor], Tensor]
@@ -42,6 +43,19 @@ def last_picture(vae, sees: int | None = None) -> Picture:
     return picture
 
 
+def check_walks(walks: Sequence[int], frames: int, settings: StreamSettings) -> None:
+    """Raises ValueError unless the last `frames` frames of every walk are one frame and whole chunks."""
+    for walk in walks:
+        lengths = settings.chunk_lengths(walk)
+        borders = {sum(lengths[:i]) for i in range(len(lengths) + 1)}
+        if walk < frames or walk - frames + 1 not in borders:
+            fitting = [f"{walk - end + 1}" for end in sorted(borders) if 1 <= end < walk]
+            raise ValueError(
+                f"the last {frames} frames of a walk of {walk} are not one frame and whole chunks of "
+                f"{lengths}: for this walk use clips of {', '.join(fitting) or 'no length at all'}"
+            )
+
+
 @dataclass(frozen=True)
 class LongRollout:
     """Clips of `frames` frames from the ends of longer walks, one length out of `walks` drawn for each.
@@ -56,15 +70,7 @@ class LongRollout:
     picture: Picture
 
     def __post_init__(self):
-        for walk in self.walks:
-            lengths = self.clips.settings.chunk_lengths(walk)
-            borders = {sum(lengths[:i]) for i in range(len(lengths) + 1)}
-            if walk < self.frames or walk - self.frames + 1 not in borders:
-                fitting = [f"{walk - end + 1}" for end in sorted(borders) if 1 <= end < walk]
-                raise ValueError(
-                    f"the last {self.frames} frames of a walk of {walk} are not one frame and whole chunks of "
-                    f"{lengths}: for this walk use clips of {', '.join(fitting) or 'no length at all'}"
-                )
+        check_walks(self.walks, self.frames, self.clips.settings)
 
     def draw(self, generator: torch.Generator) -> int:
         """Exit step and length of the walk, as one number."""
@@ -110,6 +116,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
     first, *later = (batch.tensors[:3] for batch in batches)
     tensors = (torch.cat([whole, *(part[i][:, :, 1:] for part in later)], 2) for i, whole in enumerate(first))
     return Batch(*tensors, batches[0].context)
+
+
+def clips_for(walk: int, frames: int) -> int:
+    """How many clips of `frames`, `joined`, are at least a walk of `walk` frames."""
+    return -(-(walk - 1) // (frames - 1))
 
 
 def long_batches(clips: LatentClips, size: int, generator: torch.Generator, count: int) -> Iterator[Batch]:

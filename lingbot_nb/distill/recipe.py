@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lingbot_nb import presets
 from lingbot_nb.distill import flow, parallel, tokenizer, train, trajectories
-from lingbot_nb.distill.long import LongRollout, last_picture, long_batches
+from lingbot_nb.distill.long import LongRollout, check_walks, clips_for, last_picture, long_batches
 from lingbot_nb.distill.optim import muon_adamw
 from lingbot_nb.distill.record import Recorded
 from lingbot_nb.distill.still import halts_of, still_step
@@ -86,6 +86,10 @@ class Recipe:
     """Compile a stage's forward and loss as one graph instead of layer by layer: fewer launches, longer compiling."""
     record: bool = True
     """On a GPU, replay each step's forward and backward from a recording (`record.Recorded`)."""
+
+    def __post_init__(self):
+        # Here, not where they are walked: matching comes after the stages that take the time.
+        check_walks(self.walks, self.preset.shape.frames, self.preset.stream)
 
 
 LOG_EVERY = 10
@@ -367,8 +371,7 @@ def to_be_judged(
         return clips, bench.latents.batches(size, draws)
     vae = bench.vae()
     walks = LongRollout(clips, frames, bench.recipe.walks, last_picture(vae, vae.size.memory + 1))
-    whole = -(-(max(bench.recipe.walks) - 1) // (frames - 1))
-    return walks, long_batches(bench.latents, size, draws, whole)
+    return walks, long_batches(bench.latents, size, draws, clips_for(max(bench.recipe.walks), frames))
 
 
 def steady(bench: Bench) -> None:

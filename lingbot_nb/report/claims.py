@@ -331,7 +331,8 @@ class Exam:
 
     def short(self, made: Tensor) -> dict[str, list[float]]:
         """By walk: PSNR at every horizon, and fine detail of both."""
-        row = {f"{at:g}": psnr(self.real[:, span], made[:, span]) for at, span in self._horizons()}
+        spans = evaluation.horizon_spans(self.real.shape[1])
+        row = {at: psnr(self.real[:, span], made[:, span]) for at, span in spans.items()}
         row |= {"detail": detail(made), "real detail": detail(self.real)}
         return {name: [round(v, 3) for v in values.tolist()] for name, values in row.items()}
 
@@ -341,10 +342,6 @@ class Exam:
         row = {"detail": detail(made[:, last]), "first detail": detail(made[:, second])}
         row |= {"saturation": saturation(made[:, last]), "first saturation": saturation(made[:, second])}
         return {name: [round(v, 4) for v in values.tolist()] for name, values in row.items()}
-
-    def _horizons(self) -> list[tuple[float, slice]]:
-        spans = [(at, metrics.horizon_frames(at)) for at in evaluation.HORIZONS]
-        return [(at, span) for at, span in spans if span.stop <= self.real.shape[1]]
 
 
 def psnr(real_BNHWC: Tensor, made_BNHWC: Tensor) -> Tensor:

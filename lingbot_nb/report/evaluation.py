@@ -15,13 +15,19 @@ from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.kv_cache import KVCache
 from lingbot_nb.model.vae import from_uint8, to_uint8
 from lingbot_nb.presets import LATENT_CHANNELS, TIME_STRIDE, Preset, StreamSettings
-from lingbot_nb.report.metrics import horizon_table, sharpness
+from lingbot_nb.report.metrics import horizon_frames, horizon_table, sharpness
 from lingbot_nb.stream.engine import StreamingDiT
 from lingbot_nb.stream.session import live_path
 from lingbot_nb.world.latents import Batch
 
 HORIZONS = (0.25, 1, 2, 4)
 """Seconds after the start image at which generated clips are compared."""
+
+
+def horizon_spans(pixel_frames: int) -> dict[str, slice]:
+    """The pixel frames of every horizon within a film of so many, by what tables call it: "0.25", "1", …"""
+    spans = {f"{at:g}": horizon_frames(at) for at in HORIZONS}
+    return {at: span for at, span in spans.items() if span.stop <= pixel_frames}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from lingbot_nb.report.features import (
     second_features,
 )
 from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, moved_as_asked, pressed, told, true_motion, truth
-from lingbot_nb.report.metrics import frechet_distance, horizon_frames, psnr
+from lingbot_nb.report.metrics import frechet_distance, psnr
 from lingbot_nb.stream.endless import FROZEN, wander
 from lingbot_nb.world.clips import Clip
 from lingbot_nb.world.latents import LatentClips, encode_walks
@@ -290,7 +290,7 @@ def generated(exam: Exam, groups: Sequence[LatentClips], make: Callable, with_po
 def against(exam: Exam, real: np.ndarray, films: np.ndarray, seen: Reading, reading: Reading) -> dict:
     """How films compare with the true ones, picture by picture and as sets; `seen` and `reading`: what the judge reads
     off the true and the generated ones."""
-    spans = {f"{s:g}": horizon_frames(s) for s in evaluation.HORIZONS if horizon_frames(s).stop <= real.shape[1]}
+    spans = evaluation.horizon_spans(real.shape[1])
     measures = {"psnr": psnr, "ssim": metrics.ssim, "ms_ssim": metrics.ms_ssim, **exam.distances}
     scores = {
         name: {at: interval(measure(real[:, span], films[:, span]).mean(1)) for at, span in spans.items()}
@@ -335,7 +335,7 @@ def redraw(exam: Exam, draws: int = 4) -> Outcome:
     """How much of `follow` is the luck of the noise: the student's walks under `draws` seeds. PSNR and sharpness are
     means over the seeds, a walk's own first, with the interval over walks, and each seed's beside them."""
     real = np.stack([clip.frames for clip in exam.clips])
-    spans = {f"{s:g}": horizon_frames(s) for s in evaluation.HORIZONS if horizon_frames(s).stop <= real.shape[1]}
+    spans = evaluation.horizon_spans(real.shape[1])
     batches, detail = latent_batches(exam, exam.clips), fine_detail(real)
     scores = {}
     for label, make, with_poses in students(exam):
@@ -584,10 +584,11 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
     """Second by second: sharpness and saturation over the first second's, change between pixel frames, distance to the
     corpus; the mean of the last seconds over the first; the share of steps that freeze where something should move."""
     distance = corpus_distance(exam.judge, exam.judge.read(films).frames)
+    changes = np.stack([metrics.frame_difference(film) for film in films])
     parts = {
         "sharpness": np.stack([per_second(metrics.laplacian_variance(film)) for film in films]),
         "saturation": np.stack([per_second(metrics.saturation(film)) for film in films]),
-        "change": np.stack([metrics.frame_difference(film).reshape(-1, FPS).mean(1) for film in films]),
+        "change": changes.reshape(len(films), -1, FPS).mean(2),
         "corpus": distance[:, 1:].reshape(len(films), -1, SECOND).mean(2),
     }
     first = {name: values[:, 0] for name, values in parts.items()}
@@ -599,8 +600,8 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
     for name in ("change", "corpus"):
         scores[name] = [interval(column) for column in parts[name].T]
         scores[f"{name}_last"] = interval(parts[name][:, last].mean(1))
-    frozen = np.stack([metrics.frame_difference(film) < FROZEN for film in films])
-    return scores | {"freeze": counted(frozen, moving), "jump": float(np.mean([*map(metrics.boundary_jump, films)]))}
+    jump = float(np.mean([*map(metrics.boundary_jump, films)]))
+    return scores | {"freeze": counted(changes < FROZEN, moving), "jump": jump}
 
 
 def ending(seconds: int) -> slice:
