@@ -12,9 +12,10 @@ from lingbot_nb.report import decoder_limits
 from lingbot_nb.runs import PROJECT
 
 
-def run_folder(folder, texture: float, psnr: float, sharpness: float):
+def run_folder(folder, texture: float, psnr: float, sharpness: float, **made):
     torch.manual_seed(0)
-    told = dict(texture=texture, steps=400, seconds=1.0, batch=2, machine="CPU", decoder_of="abc", kind="tokenizer")
+    told = dict(texture=texture, steps=400, seconds=1.0, batch=2, machine="CPU", kind="tokenizer")
+    told |= made or dict(decoder_of="abc")
     found = {"psnr": psnr, "sharpness": sharpness}
     checkpoint.save(folder / "vae.safetensors", TinyVAE(MICRO_VAE), size=asdict(MICRO_VAE), metrics=found, **told)
     lines = [{"stage": "data", "clips": 3}]
@@ -28,7 +29,22 @@ def test_a_row_is_what_a_run_left(tmp_path):
     row = decoder_limits.row(run_folder(tmp_path / "a", 0.3, 32.0, 0.5))
     assert (row["texture"], row["psnr"], row["sharpness"], row["steps"]) == (0.3, 32.0, 0.5, 400)
     assert row["course"] == [[200, 32.0 - 1 / 200, 0.5], [400, 32.0 - 1 / 400, 0.5]]
-    assert decoder_limits.table([row]).splitlines()[2] == "| 0.3 | 400 | 32.0 | 0.50 |"
+    assert decoder_limits.table([row]).splitlines()[2] == "| 0.3 | decoder | 400 | 32.0 | 0.50 |"
+
+
+def test_a_run_whose_encoder_learnt_on_tells_its_kl_and_gets_a_line_of_its_own(tmp_path):
+    rows = []
+    for number, made in enumerate((dict(decoder_of="abc"), dict(made_from={"sha256": "abc"}, kl=5e-6))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows.append(decoder_limits.row(run_folder(folder, 0.0, 32.0 + number, 0.4, **made)))
+    assert [row["kl"] for row in rows] == [None, 5e-6] and {row["decoder_of"] for row in rows} == {"abc"}
+    assert decoder_limits.table(rows).splitlines()[3].startswith("| 0 | all, KL 5e-06 | 400 | 33.0")
+    trade, course = decoder_limits.figure(rows).axes
+    assert [line.get_ydata().tolist() for line in trade.lines[:2]] == [[32.0], [33.0]]
+    assert [text.get_text() for text in course.get_legend().get_texts()] == [
+        "decoder alone, push 0", "encoder, too, push 0"
+    ]  # fmt: skip
 
 
 def test_a_folder_without_a_log_is_named(tmp_path):
@@ -51,10 +67,12 @@ def test_from_the_command_line_rows_and_a_figure_are_kept(tmp_path, monkeypatch)
     assert [row["texture"] for row in rows] == [0.8, 0.0] and summary.with_suffix(".png").stat().st_size > 10_000
     trade, course = decoder_limits.figure(rows).axes
     assert trade.lines[0].get_ydata().tolist() == [32.5, 31.5], "by their push, least first"
-    assert course.lines[0].get_xdata().tolist() == [200, 400] and "push of 0" in course.get_title("left")
+    assert course.lines[0].get_xdata().tolist() == [200, 400]
+    assert course.get_legend().get_texts()[0].get_text() == "decoder alone, push 0"
 
 
-def test_the_kept_runs_are_of_one_set_of_latents():
+def test_the_kept_runs_began_with_two_tokenizers_of_the_same_latents():
     rows = json.loads((PROJECT / "papermill_runs" / "decoder-limits.json").read_text())["rows"]
-    assert len({row["decoder_of"] for row in rows}) == 1 and min(row["texture"] for row in rows) == 0
+    begun = {kind: {row["decoder_of"] for row in rows if (row["kl"] is None) == kind} for kind in (True, False)}
+    assert len(begun[True]) == len(begun[False]) == 1 and min(row["texture"] for row in rows) == 0
     assert all(20 < row["psnr"] < 50 and 0 < row["sharpness"] < 2 and len(row["course"]) > 10 for row in rows)

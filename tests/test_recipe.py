@@ -127,6 +127,31 @@ def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(ben
     assert checkpoint.read_card(file)["texture"] == 0.25
 
 
+def test_a_whole_tokenizer_can_go_on_under_another_kl(bench, monkeypatch):
+    torch.manual_seed(1)
+    old = TinyVAE(MICRO_VAE)
+    bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
+    told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
+    told += ["--out", str(bench.out / "whole"), "--go-on", "--whole", "--kl", "5e-6", "--texture", "0", "--lr", "1e-5"]
+    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
+    decoder.main()
+    file = bench.out / "whole" / "vae.safetensors"
+    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    assert any(not torch.equal(v, made.encoder.state_dict()[n]) for n, v in kept.encoder.state_dict().items())
+    assert not torch.equal(made.latent_std, kept.latent_std), "calibrated for the latents as they are now"
+    card = checkpoint.read_card(file)
+    assert card["kl"] == 5e-6 and "decoder_of" not in card
+    assert card["made_from"]["sha256"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
+
+
+def test_a_whole_tokenizer_goes_on_from_one_that_is_there(monkeypatch, capsys):
+    told = ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", "--whole"]
+    monkeypatch.setattr("sys.argv", told)
+    with pytest.raises(SystemExit):
+        decoder.main()
+    assert "add --go-on" in capsys.readouterr().err
+
+
 def test_going_on_and_another_size_of_decoder_exclude_each_other(monkeypatch, capsys):
     told = ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", "--go-on"]
     monkeypatch.setattr("sys.argv", [*told, "--depths", "1", "1", "1"])

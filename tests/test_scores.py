@@ -220,6 +220,32 @@ def test_sharpness_drift_is_relative_to_the_first_second(exam):
     assert len(found["corpus"]) == 2 and found["freeze"][0] == 0
 
 
+def test_a_picture_should_move_when_one_turns_or_the_camera_went():
+    keys = np.stack([held(""), held("w"), held("w"), held("j"), held("jl"), held("")])[None]
+    poses = np.tile(np.eye(4, dtype=np.float32), (1, 6, 1, 1))
+    poses[0, 2:, 2, 3] = 8  # from the second picture with w on: the first one pressed against a wall
+    poses[0, 5, 0, 3] = 8  # and what moves without a key is not asked for
+    assert trials.should_move(keys, poses).tolist() == [[False, True, True, False, False]]
+
+
+def test_the_simulator_also_walks_by_the_keys_of_the_next_start(exam):
+    """What a walker's keys are worth in rooms that the walker did not see."""
+    pytest.importorskip("vizdoom")
+    from lingbot_nb.world.vizdoom import Simulator, SimulatorSettings, record
+
+    with Simulator(SimulatorSettings(map="my_way_home")) as game:
+        clips = [record(game, HELD_OUT_SEED + number, 17) for number in range(2)]
+    keys, films, moving = trials.roamed(clips, 17)
+    everyone = trials.walked(replace(exam, simulate=True, reconstructs=False), clips, 17)
+    (first, real, _), (second, stray, _) = next(everyone), next(everyone)  # the third would be the micro student
+    assert (first, second) == ("simulator", trials.STRAY) and moving.shape == (2, 16)
+    for number, clip in enumerate(clips):
+        assert (real[number] == clip.frames).all() and (keys[number] == clip.keys).all()
+        (film,), _ = trials.simulated([clip.seed], clips[1 - number].keys[None], clip.map)
+        assert (stray[number] == film).all()
+    assert (stray != real).any() and (real == films).all()
+
+
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 QUICK = {

@@ -5,10 +5,12 @@
 
 What decoding costs is decided by its widths alone, so a machine that plays too slowly needs no new teacher or student.
 With `--go-on` the decoder that is there learns on instead; `--texture` says how much its discriminator may push, where
-0 gives the most PSNR that these latents allow and the softest pictures.
+0 gives the most PSNR that these latents allow and the softest pictures. With `--whole` the encoder learns on, too,
+under a KL of `--kl`: then the latents move, and teacher and students have to follow them.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs=3, help="eighth, quarter, half size; default: the tiny VAE's")
     parser.add_argument("--depths", type=int, nargs=3, help="default: the tiny VAE's")
     parser.add_argument("--go-on", action="store_true", help="from the decoder that is there, its widths and depths")
+    told = "the encoder learns on as well (with --go-on): latents move, and what lives in them must learn on"
+    parser.add_argument("--whole", action="store_true", help=told)
+    parser.add_argument("--kl", type=float, default=Recipe.kl, help="with --whole: weight of the latents' KL")
     parser.add_argument("--texture", type=float, default=TokenizerSettings.texture, help="push of the discriminator")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--batch", type=int, default=24, help="windows a rank and step")
@@ -46,7 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.go_on and (args.widths or args.depths):
         parser.error("--go-on keeps the decoder's own widths and depths: leave --widths and --depths out")
-    recipe = Recipe(compile=not args.no_compile)
+    if args.whole and not args.go_on:
+        parser.error("--whole goes on with the tokenizer that is there: add --go-on, or train a new one by the recipe")
+    recipe = Recipe(compile=not args.no_compile, kl=args.kl)
     bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
     torch.manual_seed(args.seed)
     vae = TinyVAE.from_file(args.vae)
@@ -54,11 +61,17 @@ def main() -> None:
         default = VAESize()
         widths, depths = args.widths or default.decoder_widths, args.depths or default.decoder_depths
         vae = with_decoder(vae, tuple(widths), tuple(depths))
-    encoder = checkpoint.read_card(args.vae)
-    card = dict(kind="tokenizer", decoder_of=encoder["sha256"], encoder_command=encoder.get("command", ""))
-    fit_tokenizer(
-        bench, vae, Budget(args.seconds, args.batch, args.lr), decoder_only=True, texture=args.texture, **card
-    )
+    budget = Budget(args.seconds, args.batch, args.lr)
+    card = dict(kind="tokenizer") | made_from(checkpoint.read_card(args.vae), args.kl if args.whole else None)
+    fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, **card)
+
+
+def made_from(card: Mapping, kl: float | None) -> dict:
+    """What a new card tells of the tokenizer before: whose latents a decoder reads, or, where the encoder learnt on
+    under `kl`, whose weights both began with."""
+    if kl is not None:
+        return dict(made_from=dict(card), kl=kl)
+    return dict(decoder_of=card["sha256"], encoder_command=card.get("command", ""))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m lingbot_nb.report.decoder_limits decoders/0 decoders/0.3 decoders/0.8 --summary decoder-limits.json
 
 Each folder is one run of `distill.decoder --go-on --texture …`. The push trades PSNR for fine detail; a run without it
-shows the most PSNR that these latents give a decoder of this size, so what is missing there no push can bring.
+shows the most PSNR that these latents give a decoder of this size, so what is missing there no push can bring. Runs
+with `--whole`, whose encoder learnt on under another KL, show whether it is the latents' fault.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from lingbot_nb.runs import write_json
 
 
 def row(folder: Path) -> dict:
-    """One decoder: its card's push, steps, seconds, machine and held-out numbers, and `course`, what its log tells of
-    [step, PSNR in dB, sharpness] on other held-out windows. FileNotFoundError for a folder that is no such run."""
+    """One decoder: its card's push, steps, seconds, machine and held-out numbers, `kl` (None where the encoder rested)
+    and `course`, what its log tells of [step, PSNR in dB, sharpness] on other held-out windows. FileNotFoundError for a
+    folder that is no such run."""
     file = folder / "vae.safetensors"
     card = checkpoint.read_card(file)
     if "texture" not in card or not (folder / "log.jsonl").exists():
@@ -32,44 +34,59 @@ def row(folder: Path) -> dict:
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     told = [line for line in lines if line["stage"] == "tokenizer" and "psnr" in line]
     course = [[line["step"], line["psnr"], line["sharpness"]] for line in told]
-    named = ("texture", "steps", "seconds", "batch", "machine", "decoder_of")
-    return {name: card[name] for name in named} | card["metrics"] | {"course": course}
+    named = ("texture", "steps", "seconds", "batch", "machine")
+    of = card.get("decoder_of") or card["made_from"]["sha256"]
+    told = {name: card[name] for name in named} | {"decoder_of": of, "kl": card.get("kl")}
+    return told | card["metrics"] | {"course": course}
 
 
 def table(rows: Sequence[Mapping]) -> str:
     """A row a decoder, in Markdown."""
-    heads = ("push of the discriminator", "steps", "PSNR (dB)", "sharpness")
-    lines = [(f"{r['texture']:g}", f"{r['steps']:,}", f"{r['psnr']:.1f}", f"{r['sharpness']:.2f}") for r in rows]
+    heads = ("push of the discriminator", "what learnt on", "steps", "PSNR (dB)", "sharpness")
+    lines = [
+        (f"{r['texture']:g}", _learnt(r), f"{r['steps']:,}", f"{r['psnr']:.1f}", f"{r['sharpness']:.2f}") for r in rows
+    ]
     return markdown_table(heads, lines)
+
+
+def _learnt(row: Mapping) -> str:
+    return "decoder" if row.get("kl") is None else f"all, KL {row['kl']:g}"
 
 
 @figures.styled
 def figure(rows: Sequence[Mapping]) -> Figure:
-    """a: PSNR against sharpness, a point a decoder, with what was asked; b: PSNR over the steps of the decoder with the
-    least push."""
+    """a: PSNR against sharpness, a point a run, with what was asked, runs of one kind joined; b: PSNR over the steps of
+    each kind's run with the least push."""
     drawn, (trade, course) = plt.subplots(1, 2, figsize=(10, 3.8))
-    _trade(trade, sorted(rows, key=lambda r: r["texture"]))
-    least = min(rows, key=lambda r: r["texture"])
-    steps, psnr, _ = zip(*least["course"], strict=True)
-    course.plot(steps, psnr, color=figures.STUDENT)
+    kinds = {
+        "decoder alone": ([r for r in rows if r.get("kl") is None], figures.STUDENT),
+        "encoder, too": ([r for r in rows if r.get("kl") is not None], figures.NOISY),
+    }
+    for name, (some, colour) in kinds.items():
+        if some:
+            some = sorted(some, key=lambda r: r["texture"])
+            _trade(trade, some, colour)
+            steps, psnr, _ = zip(*some[0]["course"], strict=True)
+            course.plot(steps, psnr, color=colour, label=f"{name}, push {some[0]['texture']:g}")
+    _asked(trade)
     asked_line(course, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB")
-    course.set(
-        xlabel="optimiser steps",
-        ylabel="PSNR of 16 windows (dB)",
-        title=f"b  Going on with a push of {least['texture']:g}",
-    )
+    course.set(xlabel="optimiser steps", ylabel="PSNR of 16 windows (dB)", title="b  Going on with the least push")
+    course.legend(loc="lower right")
     return drawn
 
 
-def _trade(ax: Axes, rows: Sequence[Mapping]) -> None:
-    ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=figures.STUDENT, mfc="white", ms=6)
+def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
+    ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
     for r in rows:
-        at = (r["sharpness"], r["psnr"])
-        ax.annotate(f"push {r['texture']:g}", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
+        words = f"push {r['texture']:g}" + ("" if r.get("kl") is None else f", KL {r['kl']:g}")
+        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+
+
+def _asked(ax: Axes) -> None:
     asked_line(ax, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB, sharpness {ASKED['sharpness']}")
     ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
     ax.margins(x=0.3, y=0.15)
-    ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One set of latents, several pushes")
+    ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One tokenizer, gone on with")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lingbot_nb.presets import FPS
 from lingbot_nb.report import figures
 from lingbot_nb.report.architecture import markdown_table
+from lingbot_nb.report.trials import STRAY
 
 ASKED = {"direction": 98, "still": 26, "drift": 15, "tokenizer": 33, "sharpness": 0.5}
 """What the project asks of the shipped student: percent, dB, percent either way."""
@@ -190,7 +191,7 @@ def figure(found: Mapping) -> Figure:
 def look(label: str) -> dict:
     """Colour and line of a label: students share a colour, and poses are dashed."""
     tints = {"tokenizer": "#b58900", "first frame held": "#c44e52"}
-    style = {"student, poses": "--", "simulator": "-", "first frame held": ":"}.get(label, "-")
+    style = {"student, poses": "--", STRAY: "--", "first frame held": ":"}.get(label, "-")
     return {"color": tints.get(label, figures.colour(label)), "ls": style, "label": label}
 
 

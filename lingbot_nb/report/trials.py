@@ -41,6 +41,8 @@ GO_AND_RETURN = "w-16,none-8,s-16,none-8"
 """A second out and a second back, each with half a second to come to rest: walkers have momentum."""
 LAST = 10
 """Seconds at the end of a free walk, at most half of it, that are compared with its first second."""
+STRAY = "simulator, another's keys"
+"""Label of the simulator's free walks by keys that were meant for another start."""
 Interval = list
 """[mean, low, high, n]: 95 % bootstrap over walks. None where nothing could be counted."""
 
@@ -542,42 +544,66 @@ def go_and_return(exam: Exam) -> Outcome:
 
 def free_walk(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
     """Walks of `seconds` from the first `walks` starts, under the keys of someone who walks there in the simulator
-    (without it: random ones): what becomes of sharpness, saturation, motion, and of the distance to the corpus."""
+    (without it: random ones): what becomes of sharpness, saturation, motion, and of the distance to the corpus.
+
+    That someone sees where they go; a student's rooms are soon others, and whoever walks by keys of elsewhere ends at
+    walls, which have little detail. So the simulator walks once more, from every start by the next one's keys: `STRAY`.
+    """
     if seconds < 2:
         raise ValueError(f"a free walk of {seconds} s is compared with its own first second: use 2 or more")
-    clips = exam.clips[:walks]
-    keys, moving, films = roamed(exam, clips, FPS * seconds + 1)
-    films[exam.name] = exam.play(np.stack([clip.frames[0] for clip in clips]), keys)
-    scores = {label: drift(exam, some, moving) for label, some in films.items()}
+    clips, scores, kept = exam.clips[:walks], {}, {}
+    for label, films, moving in walked(exam, clips, FPS * seconds + 1):
+        scores[label] = drift(exam, films, moving)
+        if label not in ("tokenizer", STRAY):
+            kept[label] = films
     mine = scores[exam.name]
     exam.say(f"  sharpness {mine['sharpness_last'][0]:.2f}, saturation {mine['saturation_last'][0]:.2f} of the first s")
-    detail = np.stack([per_second(metrics.laplacian_variance(film)) for film in films[exam.name]])
-    kept = detail[:, ending(seconds)].mean(1) / np.maximum(detail[:, 0], 1e-9)
-    some = {label: films[label] for label in films if label != "tokenizer"}
-    worst_last = -np.abs(np.log(np.maximum(kept, 1e-9)))
+    detail = np.stack([per_second(metrics.laplacian_variance(film)) for film in kept[exam.name]])
+    stays = detail[:, ending(seconds)].mean(1) / np.maximum(detail[:, 0], 1e-9)
+    worst_last = -np.abs(np.log(np.maximum(stays, 1e-9)))
     rows = {}
     for rank, place in ranked(worst_last).items():
-        rows |= {f"{rank} ({kept[place]:.2f})\n{label}": film[place] for label, film in some.items()}
+        rows |= {f"{rank} ({stays[place]:.2f})\n{label}": films[place] for label, films in kept.items()}
     return Outcome(scores, {f"{seconds} s, by how near 1 the sharpness stays": rows})
 
 
-def roamed(exam: Exam, clips: Sequence[Clip], pixel_frames: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Keys bool [B, N, 8], the steps in which the picture should move, bool [B, N - 1], and the simulator's films."""
-    if not exam.simulate:
+def walked(exam: Exam, clips: Sequence[Clip], pixel_frames: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Label, films and the steps in which their pictures should move, bool [B, N - 1], of everyone who walks from the
+    starts of `clips`. One after the other: 64 films of a minute are 3 GB."""
+    if exam.simulate:
+        keys, real, moving = roamed(clips, pixel_frames)
+        for label, films in exam.with_tokenizer(real).items():
+            yield label, films, moving
+        if len(clips) > 1:
+            others = np.roll(keys, -1, 0)
+            films, poses = simulated([clip.seed for clip in clips], others, clips[0].map)
+            yield STRAY, films, should_move(others, poses)
+    else:
         draws = [wander(exam.seed + i) for i in range(len(clips))]
         keys = np.stack([[held(""), *(next(draw) for _ in range(pixel_frames - 1))] for draw in draws])
-        return keys, keys[:, 1:].any(-1), {}
-    from lingbot_nb.world.vizdoom import STILL as UNMOVED
+        moving = keys[:, 1:].any(-1)
+    yield exam.name, exam.play(np.stack([clip.frames[0] for clip in clips]), keys), moving
+
+
+def roamed(clips: Sequence[Clip], pixel_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Someone walks in the simulator from every start: keys bool [B, N, 8], films, and the steps in which their
+    pictures should move."""
     from lingbot_nb.world.vizdoom import Simulator, SimulatorSettings, record
 
     with Simulator(SimulatorSettings(map=clips[0].map)) as game:
-        walked = [record(game, clip.seed, pixel_frames) for clip in clips]
-    keys = np.stack([walk.keys for walk in walked])
-    moved = np.stack([np.linalg.norm(np.diff(walk.poses[:, :3, 3], axis=0), axis=1) > UNMOVED for walk in walked])
+        walks = [record(game, clip.seed, pixel_frames) for clip in clips]
+    keys, films, poses = (np.stack([getattr(walk, name) for walk in walks]) for name in ("keys", "frames", "poses"))
+    return keys, films, should_move(keys, poses)
+
+
+def should_move(keys: np.ndarray, poses: np.ndarray) -> np.ndarray:
+    """Steps in which a picture should move, bool [B, N - 1]: one turning key is held, or any and the camera of poses
+    [B, N, 4, 4] went somewhere."""
+    from lingbot_nb.world.vizdoom import STILL as UNMOVED
+
+    moved = np.linalg.norm(np.diff(poses[:, :, :3, 3], axis=1), axis=-1) > UNMOVED
     turning = keys[:, 1:, KEYS.index("j")] ^ keys[:, 1:, KEYS.index("l")]
-    real = np.stack([walk.frames for walk in walked])
-    moving = turning | (moved & keys[:, 1:].any(-1))
-    return keys, moving, exam.with_tokenizer(real)
+    return turning | (moved & keys[:, 1:].any(-1))
 
 
 def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
