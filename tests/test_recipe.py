@@ -90,74 +90,62 @@ def test_evaluation_measures_the_weights_at_hand_and_writes_it_into_their_cards(
     assert [*checkpoint.read_card(bench.out / "vae.safetensors")["held_out"]] == ["reconstruction, poses"]
 
 
-def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
-    """From the command line: another size of decoder, the same encoder, and weights that load with their own size."""
+def redone(bench, monkeypatch, *options: str) -> tuple[TinyVAE, TinyVAE, dict]:
+    """A tokenizer, what a blink of `distill.decoder` makes of it from the command line, and that one's card."""
     torch.manual_seed(1)
-    old = TinyVAE(MICRO_VAE)
+    old, out = TinyVAE(MICRO_VAE), bench.out / "redone"
     old.latent_std.fill_(0.5)
     bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
     told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
-    told += ["--out", str(bench.out / "slim"), "--widths", "24", "8", "4", "--depths", "1", "2", "1"]
-    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
+    told += ["--out", str(out), *options, "--seconds", "0.001", "--batch", "1", "--no-compile"]
+    monkeypatch.setattr("sys.argv", told)
     decoder.main()
-    file = bench.out / "slim" / "vae.safetensors"
-    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    kept, made = (TinyVAE.from_file(folder / "vae.safetensors") for folder in (bench.out, out))
+    return kept, made, checkpoint.read_card(out / "vae.safetensors")
+
+
+def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
+    """From the command line: another size of decoder, the same encoder, and weights that load with their own size."""
+    kept, made, card = redone(bench, monkeypatch, "--widths", "24", "8", "4", "--depths", "1", "2", "1")
     assert made.size == VAESize((8, 12, 16), (1, 1, 1), (24, 8, 4), (1, 2, 1)) and not made.training
     for name, value in kept.encoder.state_dict().items():
         assert torch.equal(value, made.encoder.state_dict()[name]), name
     assert torch.equal(made.latent_std, kept.latent_std) and torch.equal(made.latent_mean, kept.latent_mean)
-    card = checkpoint.read_card(file)
     assert card["steps"] >= 1 and card["decoder_of"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
 
 
 def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(bench, monkeypatch):
-    torch.manual_seed(1)
-    old = TinyVAE(MICRO_VAE)
-    bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
-    told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
-    told += ["--out", str(bench.out / "on"), "--go-on", "--texture", "0.25", "--lr", "1e-5"]
-    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
-    decoder.main()
-    file = bench.out / "on" / "vae.safetensors"
-    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    told = ("--go-on", "--texture", "0.25", "--lr", "1e-5")
+    kept, made, card = redone(bench, monkeypatch, *told)
     moved = {n: (v - made.state_dict()[n]).abs().max().item() for n, v in kept.state_dict().items()}
     assert max(moved.values()) < 1e-2, "a blink of a step from where it was"
     assert all(v == 0 for n, v in moved.items() if not n.startswith("decoder"))
     assert any(v > 0 for n, v in moved.items() if n.startswith("decoder"))
-    assert checkpoint.read_card(file)["texture"] == 0.25
+    assert card["texture"] == 0.25
 
 
 def test_a_whole_tokenizer_can_go_on_under_another_kl(bench, monkeypatch):
-    torch.manual_seed(1)
-    old = TinyVAE(MICRO_VAE)
-    bench.keep("vae.safetensors", old, BLINK, kind="tokenizer", size=asdict(old.size))
-    told = ["decoder", "--data", str(bench.out.parent / "clips"), "--vae", str(bench.out / "vae.safetensors")]
-    told += ["--out", str(bench.out / "whole"), "--go-on", "--whole", "--kl", "5e-6", "--texture", "0", "--lr", "1e-5"]
-    monkeypatch.setattr("sys.argv", [*told, "--seconds", "0.001", "--batch", "1", "--no-compile"])
-    decoder.main()
-    file = bench.out / "whole" / "vae.safetensors"
-    made, kept = TinyVAE.from_file(file), TinyVAE.from_file(bench.out / "vae.safetensors")
+    told = ("--go-on", "--whole", "--kl", "5e-6", "--texture", "0", "--lr", "1e-5")
+    kept, made, card = redone(bench, monkeypatch, *told)
     assert any(not torch.equal(v, made.encoder.state_dict()[n]) for n, v in kept.encoder.state_dict().items())
     assert not torch.equal(made.latent_std, kept.latent_std), "calibrated for the latents as they are now"
-    card = checkpoint.read_card(file)
     assert card["kl"] == 5e-6 and "decoder_of" not in card
     assert card["made_from"]["sha256"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
 
 
-def test_a_whole_tokenizer_goes_on_from_one_that_is_there(monkeypatch, capsys):
-    told = ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", "--whole"]
-    monkeypatch.setattr("sys.argv", told)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--go-on", "--depths", "1", "1", "1"], "--go-on keeps the decoder's own widths and depths"),
+        (["--whole"], "add --go-on"),
+        (["--go-on", "--kl", "5e-6"], "--kl 5e-06 weighs the latents of an encoder that learns: add --whole"),
+    ],
+)
+def test_options_of_a_decoder_that_exclude_each_other_are_named(monkeypatch, capsys, options, words):
+    monkeypatch.setattr("sys.argv", ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", *options])
     with pytest.raises(SystemExit):
         decoder.main()
-    assert "add --go-on" in capsys.readouterr().err
-
-
-def test_going_on_and_another_size_of_decoder_exclude_each_other(monkeypatch, capsys):
-    told = ["decoder", "--data", "clips", "--vae", "vae.safetensors", "--out", "on", "--go-on"]
-    monkeypatch.setattr("sys.argv", [*told, "--depths", "1", "1", "1"])
-    with pytest.raises(SystemExit):
-        decoder.main()
-    assert "--go-on keeps the decoder's own widths and depths" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_the_student_starts_from_pairs_of_the_causal_model(bench):

@@ -36,8 +36,8 @@ def vae() -> WanVAE:
     return vae
 
 
-# Two orders of adding up: 1.1e-5 apart on one processor, less on those before it; the pictures deviate by 0.8.
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+# What is left in fp32 is the order of adding up, by processor: 1.1e-5 on one, less on those before it. fp64 has none.
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-7), (torch.float32, 2e-5), (torch.bfloat16, 0.05)])
 def test_channels_last_decodes_to_the_same_pictures(vae, dtype, most):
     plain, turned = copy.deepcopy(vae).to(dtype), copy.deepcopy(vae).to(dtype).channels_last()
     conv = turned.model.decoder.conv_in.weight

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--go-on", action="store_true", help="from the decoder that is there, its widths and depths")
     told = "the encoder learns on as well (with --go-on): latents move, and what lives in them must learn on"
     parser.add_argument("--whole", action="store_true", help=told)
-    parser.add_argument("--kl", type=float, default=Recipe.kl, help="with --whole: weight of the latents' KL")
+    parser.add_argument("--kl", type=float, help=f"with --whole: weight of the latents' KL (default: {Recipe.kl:g})")
     parser.add_argument("--texture", type=float, default=TokenizerSettings.texture, help="push of the discriminator")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--batch", type=int, default=24, help="windows a rank and step")
@@ -53,7 +53,9 @@ def main() -> None:
         parser.error("--go-on keeps the decoder's own widths and depths: leave --widths and --depths out")
     if args.whole and not args.go_on:
         parser.error("--whole goes on with the tokenizer that is there: add --go-on, or train a new one by the recipe")
-    recipe = Recipe(compile=not args.no_compile, kl=args.kl)
+    if args.kl is not None and not args.whole:
+        parser.error(f"--kl {args.kl:g} weighs the latents of an encoder that learns: add --whole, or leave it out")
+    recipe = Recipe(compile=not args.no_compile, kl=Recipe.kl if args.kl is None else args.kl)
     bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
     torch.manual_seed(args.seed)
     vae = TinyVAE.from_file(args.vae)
@@ -62,7 +64,7 @@ def main() -> None:
         widths, depths = args.widths or default.decoder_widths, args.depths or default.decoder_depths
         vae = with_decoder(vae, tuple(widths), tuple(depths))
     budget = Budget(args.seconds, args.batch, args.lr)
-    card = dict(kind="tokenizer") | made_from(checkpoint.read_card(args.vae), args.kl if args.whole else None)
+    card = dict(kind="tokenizer") | made_from(checkpoint.read_card(args.vae), recipe.kl if args.whole else None)
     fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, **card)
 
 

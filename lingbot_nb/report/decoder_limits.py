@@ -50,7 +50,7 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def _learnt(row: Mapping) -> str:
-    return "decoder" if row.get("kl") is None else f"all, KL {row['kl']:g}"
+    return "decoder" if row["kl"] is None else f"all, KL {row['kl']:g}"
 
 
 @figures.styled
@@ -58,13 +58,9 @@ def figure(rows: Sequence[Mapping]) -> Figure:
     """a: PSNR against sharpness, a point a run, with what was asked, runs of one kind joined; b: PSNR over the steps of
     each kind's run with the least push."""
     drawn, (trade, course) = plt.subplots(1, 2, figsize=(10, 3.8))
-    kinds = {
-        "decoder alone": ([r for r in rows if r.get("kl") is None], figures.STUDENT),
-        "encoder, too": ([r for r in rows if r.get("kl") is not None], figures.NOISY),
-    }
-    for name, (some, colour) in kinds.items():
-        if some:
-            some = sorted(some, key=lambda r: r["texture"])
+    by_push = sorted(rows, key=lambda r: r["texture"])
+    for name, rested, colour in (("decoder alone", True, figures.STUDENT), ("encoder, too", False, figures.NOISY)):
+        if some := [r for r in by_push if (r["kl"] is None) == rested]:
             _trade(trade, some, colour)
             steps, psnr, _ = zip(*some[0]["course"], strict=True)
             course.plot(steps, psnr, color=colour, label=f"{name}, push {some[0]['texture']:g}")
@@ -78,7 +74,7 @@ def figure(rows: Sequence[Mapping]) -> Figure:
 def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
     ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
     for r in rows:
-        words = f"push {r['texture']:g}" + ("" if r.get("kl") is None else f", KL {r['kl']:g}")
+        words = f"push {r['texture']:g}" + ("" if r["kl"] is None else f", KL {r['kl']:g}")
         ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
 
 
