@@ -47,6 +47,19 @@ def test_a_run_whose_encoder_learnt_on_tells_its_kl_and_gets_a_line_of_its_own(t
     ]  # fmt: skip
 
 
+def test_runs_that_learnt_by_decibels_are_joined_by_themselves(tmp_path):
+    rows = []
+    for number, made in enumerate((dict(kl=5e-6), dict(kl=3e-4, decibel=0.05))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows.append(decoder_limits.row(run_folder(folder, 0.3, 32.0, 0.4, made_from={"sha256": "abc"}, **made)))
+    assert [row["decibel"] for row in rows] == [0.0, 0.05]
+    assert decoder_limits.table(rows).splitlines()[3].startswith("| 0.3 | all, KL 0.0003, a dB worth 0.05 | 400 |")
+    legend = decoder_limits.figure(rows).axes[1].get_legend()
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ["encoder, too, push 0.3", "encoder, too, dB in the loss, push 0.3"]
+
+
 def test_a_folder_without_a_log_is_named(tmp_path):
     folder = run_folder(tmp_path, 0.3, 32.0, 0.5)
     (folder / "log.jsonl").unlink()

@@ -125,11 +125,11 @@ def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(ben
 
 
 def test_a_whole_tokenizer_can_go_on_under_another_kl(bench, monkeypatch):
-    told = ("--go-on", "--whole", "--kl", "5e-6", "--texture", "0", "--lr", "1e-5")
+    told = ("--go-on", "--whole", "--kl", "5e-6", "--texture", "0", "--decibel", "0.05", "--lr", "1e-5")
     kept, made, card = redone(bench, monkeypatch, *told)
     assert any(not torch.equal(v, made.encoder.state_dict()[n]) for n, v in kept.encoder.state_dict().items())
     assert not torch.equal(made.latent_std, kept.latent_std), "calibrated for the latents as they are now"
-    assert card["kl"] == 5e-6 and "decoder_of" not in card
+    assert card["kl"] == 5e-6 and card["decibel"] == 0.05 and "decoder_of" not in card
     assert card["made_from"]["sha256"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
 
 

@@ -82,6 +82,19 @@ def test_edge_loss_by_hand():
     assert tokenizer.edge_loss(real + 0.3, real).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_decibel_has_its_price_beside_the_other_losses():
+    draw = torch.Generator().manual_seed(0)
+    real, off = (torch.rand(2, 3, 5, 8, 8, generator=draw) for _ in range(2))
+    fake = (real + 0.1 * off).requires_grad_()
+    plain, priced = (tokenizer.pixel_loss(fake, real, TokenizerSettings(decibel=price)) for price in (0.0, 0.05))
+    assert (plain - priced).item() == pytest.approx(0.05 * tokenizer.psnr(fake, real).mean().item(), rel=1e-5)
+    # An error half as large pulls twice as hard, which the halving in front of it halves again.
+    only = TokenizerSettings(edge=0, coarse=0, decibel=1e3)
+    (pull,) = torch.autograd.grad(tokenizer.pixel_loss(fake, real, only), fake)
+    (near,) = torch.autograd.grad(tokenizer.pixel_loss((fake + real) / 2, real, only), fake)
+    assert (near.norm() / pull.norm()).item() == pytest.approx(1, rel=0.01)
+
+
 def test_coarse_loss_by_hand():
     fake, real = videos()
     error = (fake - real).numpy()

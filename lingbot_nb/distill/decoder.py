@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help=told)
     parser.add_argument("--kl", type=float, help=f"with --whole: weight of the latents' KL (default: {Recipe.kl:g})")
     parser.add_argument("--texture", type=float, default=TokenizerSettings.texture, help="push of the discriminator")
+    parser.add_argument("--decibel", type=float, default=TokenizerSettings.decibel, help="worth of a dB, beside the L1")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--batch", type=int, default=24, help="windows a rank and step")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -65,7 +66,7 @@ def main() -> None:
         vae = with_decoder(vae, tuple(widths), tuple(depths))
     budget = Budget(args.seconds, args.batch, args.lr)
     card = dict(kind="tokenizer") | made_from(checkpoint.read_card(args.vae), recipe.kl if args.whole else None)
-    fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, **card)
+    fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, decibel=args.decibel, **card)
 
 
 def made_from(card: Mapping, kl: float | None) -> dict:

@@ -197,6 +197,7 @@ def fit_tokenizer(
     *,
     decoder_only: bool = False,
     texture: float = TokenizerSettings.texture,
+    decibel: float = TokenizerSettings.decibel,
     **card,
 ) -> None:
     """Trains a VAE, or its decoder, on this rank's clips and keeps it as vae.safetensors."""
@@ -205,7 +206,7 @@ def fit_tokenizer(
     frames = bench.pictures(bench.train)
     held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
     options = dict(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
-    settings = TokenizerSettings(**options, decoder_only=decoder_only, texture=texture)
+    settings = TokenizerSettings(**options, decoder_only=decoder_only, texture=texture, decibel=decibel)
     rows = tokenizer.train_tokenizer(
         vae,
         tokenizer.group_batches(frames, budget.batch, generator),
@@ -221,7 +222,7 @@ def fit_tokenizer(
         bench.say("tokenizer", **row)
     result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
     bench.say("tokenizer", held_out=result)
-    told = dict(steps=row["step"], metrics=result, size=asdict(vae.size), texture=texture)
+    told = dict(steps=row["step"], metrics=result, size=asdict(vae.size), texture=texture, decibel=decibel)
     bench.keep("vae.safetensors", vae, budget, **told, **card)
 
 

@@ -36,7 +36,8 @@ class TokenizerSettings:
     """Everything a tokenizer's training depends on beside its data.
 
     `lr` is Muon's; AdamW's few tensors learn at `adam_share` of it. Weights are relative to an L1 of 1: `edge` for
-    picture gradients, `coarse` for half and quarter size, `kl` per latent element, in nats. The discriminator starts at
+    picture gradients, `coarse` for half and quarter size, `kl` per latent element, in nats, `decibel` for a dB of PSNR,
+    which every pixel frame counts alike: an L1 and its edges are not what a dB measures. The discriminator starts at
     the elapsed fraction `texture_from`; for `texture_ramp` of the run it learns alone, then its push on the decoder's
     pixels grows, over as long again, to `texture` times the reconstruction's own. texture=0 leaves this stage out.
     In that push, feature matching counts `match` times the realism. With `decoder_only` the encoder and the latents'
@@ -54,6 +55,7 @@ class TokenizerSettings:
     edge: float = 0.5
     coarse: float = 0.5
     kl: float = 1e-4
+    decibel: float = 0.0
     texture_from: float = 0.6
     texture_ramp: float = 0.05
     texture: float = 1.5
@@ -123,10 +125,10 @@ def kl_loss(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def pixel_loss(fake: Tensor, real: Tensor, settings: TokenizerSettings) -> Tensor:
-    """L1 on pixels plus the weighted edge and coarse losses."""
-    return (
-        (fake - real).abs().mean() + settings.edge * edge_loss(fake, real) + settings.coarse * coarse_loss(fake, real)
-    )
+    """L1 on pixels plus the weighted edge and coarse losses, less the weighted PSNR."""
+    loss = (fake - real).abs().mean()
+    loss = loss + settings.edge * edge_loss(fake, real) + settings.coarse * coarse_loss(fake, real)
+    return loss - settings.decibel * psnr(fake, real).mean() if settings.decibel else loss
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

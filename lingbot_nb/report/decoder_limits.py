@@ -4,7 +4,8 @@
 
 Each folder is one run of `distill.decoder --go-on --texture …`. The push trades PSNR for fine detail; a run without it
 shows the most PSNR that these latents give a decoder of this size, so what is missing there no push can bring. Runs
-with `--whole`, whose encoder learnt on under another KL, show whether it is the latents' fault.
+with `--whole`, whose encoder learnt on under another KL, show whether it is the latents' fault, and runs with
+`--decibel` whether it is the loss's.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from lingbot_nb.runs import write_json
 
 
 def row(folder: Path) -> dict:
-    """One decoder: its card's push, steps, seconds, machine and held-out numbers, `kl` (None where the encoder rested)
-    and `course`, what its log tells of [step, PSNR in dB, sharpness] on other held-out windows. FileNotFoundError for a
-    folder that is no such run."""
+    """One decoder: its card's push, steps, seconds, machine and held-out numbers, `kl` (None where the encoder rested),
+    `decibel` (the worth of a dB in its loss) and `course`, what its log tells of [step, PSNR in dB, sharpness] on other
+    held-out windows. FileNotFoundError for a folder that is no such run."""
     file = folder / "vae.safetensors"
     card = checkpoint.read_card(file)
     if "texture" not in card or not (folder / "log.jsonl").exists():
@@ -36,7 +37,8 @@ def row(folder: Path) -> dict:
     course = [[line["step"], line["psnr"], line["sharpness"]] for line in told]
     named = ("texture", "steps", "seconds", "batch", "machine")
     of = card.get("decoder_of") or card["made_from"]["sha256"]
-    told = {name: card[name] for name in named} | {"decoder_of": of, "kl": card.get("kl")}
+    told = {name: card[name] for name in named}
+    told |= {"decoder_of": of, "kl": card.get("kl"), "decibel": card.get("decibel", 0.0)}
     return told | card["metrics"] | {"course": course}
 
 
@@ -50,7 +52,16 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def _learnt(row: Mapping) -> str:
-    return "decoder" if row["kl"] is None else f"all, KL {row['kl']:g}"
+    learnt = "decoder" if row["kl"] is None else f"all, KL {row['kl']:g}"
+    return learnt + (f", a dB worth {row['decibel']:g}" if row["decibel"] else "")
+
+
+def _kind(row: Mapping) -> str:
+    """By what its points are joined and its course is named."""
+    return ("decoder alone" if row["kl"] is None else "encoder, too") + (", dB in the loss" if row["decibel"] else "")
+
+
+TINTS = (figures.STUDENT, figures.NOISY, figures.CLEAN, figures.TEACHER)
 
 
 @figures.styled
@@ -59,11 +70,11 @@ def figure(rows: Sequence[Mapping]) -> Figure:
     each kind's run with the least push."""
     drawn, (trade, course) = plt.subplots(1, 2, figsize=(10, 3.8))
     by_push = sorted(rows, key=lambda r: r["texture"])
-    for name, rested, colour in (("decoder alone", True, figures.STUDENT), ("encoder, too", False, figures.NOISY)):
-        if some := [r for r in by_push if (r["kl"] is None) == rested]:
-            _trade(trade, some, colour)
-            steps, psnr, _ = zip(*some[0]["course"], strict=True)
-            course.plot(steps, psnr, color=colour, label=f"{name}, push {some[0]['texture']:g}")
+    kinds = {kind: [r for r in by_push if _kind(r) == kind] for kind in sorted({*map(_kind, rows)})}
+    for (kind, some), colour in zip(kinds.items(), TINTS, strict=False):
+        _trade(trade, some, colour)
+        steps, psnr, _ = zip(*some[0]["course"], strict=True)
+        course.plot(steps, psnr, color=colour, label=f"{kind}, push {some[0]['texture']:g}")
     _asked(trade)
     asked_line(course, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB")
     course.set(xlabel="optimiser steps", ylabel="PSNR of 16 windows (dB)", title="b  Going on with the least push")
@@ -75,13 +86,24 @@ def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
     ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
     for r in rows:
         words = f"push {r['texture']:g}" + ("" if r["kl"] is None else f", KL {r['kl']:g}")
-        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+        place = dict(xytext=(6, 6), textcoords="offset points", fontsize=9)
+        ax.annotate(words, (r["sharpness"], r["psnr"]), **place)
 
 
 def _asked(ax: Axes) -> None:
-    asked_line(ax, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB, sharpness {ASKED['sharpness']}")
+    ax.axhline(ASKED["tokenizer"], color=figures.LIMIT, ls="--", lw=1)
     ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
-    ax.margins(x=0.3, y=0.15)
+    words = f"asked: {ASKED['tokenizer']} dB, sharpness {ASKED['sharpness']}"
+    ax.text(
+        0.01,
+        ASKED["tokenizer"],
+        words,
+        color=figures.LIMIT,
+        fontsize=8,
+        va="bottom",
+        transform=ax.get_yaxis_transform(),
+    )
+    ax.margins(x=0.4, y=0.2)
     ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One tokenizer, gone on with")
 
 
