@@ -15,7 +15,7 @@ from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import MICRO
-from lingbot_nb.report import evaluation, metrics, score_view, scores, trials
+from lingbot_nb.report import evaluation, metrics, score_view, scores, stroll, trials
 from lingbot_nb.report.judge import Judge, Reading
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.stream.session import Session
@@ -67,6 +67,35 @@ def test_films_side_by_side_are_those_of_a_session(exam):
         film = [live.first_frame[None], *(live.step(rows) for rows in keys[1:].reshape(3, 4, 8))]
         difference = np.abs(np.concatenate(film).astype(int) - made[number])
         assert difference.max() <= 1
+
+
+class Seer:
+    """A walker that turns by what it is shown, and remembers that."""
+
+    def __init__(self):
+        self.shown: list[np.ndarray] = []
+
+    def keys(self, pictures, count):
+        self.shown.append(pictures)
+        return np.repeat(held("jl"[int(pictures[-1].mean()) % 2])[None], count, 0)
+
+
+def test_walkers_by_sight_see_their_own_film_and_their_keys_make_it_again(exam):
+    walkers = [Seer() for _ in range(3)]
+    films, keys = exam.play_by_sight(exam.starts, walkers, 13)
+    assert films.shape == (3, 13, *SIZE, 3) and keys.shape == (3, 13, 8)
+    assert (films == exam.play(exam.starts, keys)).all()
+    for walker, film, start in zip(walkers, films, exam.starts, strict=True):
+        first, *later = walker.shown
+        assert (first == start[None]).all() and len(later) == 3
+        assert (later[0] == film[:1]).all() and (np.concatenate(later[1:]) == film[1:9]).all()
+
+
+@pytest.mark.parametrize(("walkers", "frames"), [(2, 13), (3, 12)])
+def test_walkers_by_sight_that_do_not_fit_are_named(exam, walkers, frames):
+    words = f"3 start pictures, {walkers} walkers, {frames} pixel frames: give a walker for each picture and 4n"
+    with pytest.raises(ValueError, match=words):
+        exam.play_by_sight(exam.starts, [Seer() for _ in range(walkers)], frames)
 
 
 def test_films_of_wrong_keys_are_named(exam):
@@ -255,6 +284,7 @@ QUICK = {
     "stand": partial(trials.stand, seconds=2),
     "go_and_return": trials.go_and_return,
     "free_walk": partial(trials.free_walk, seconds=2, walks=2),
+    "stroll": partial(stroll.stroll, seconds=2, walks=2),
     "variety": partial(trials.variety, seeds=2, starts=2, frames=3),
     "speed": partial(trials.speed, seconds=0.01),
 }
@@ -278,7 +308,7 @@ def test_a_whole_exam_needs_no_simulator(examined):
     assert row["frame_frechet"] > 0 and len(row["curves"]["psnr"]) == len(row["seconds"]) == 4
     assert list(found["parts"]["control"]) == ["student, 2 steps"]
     assert not list(file.parent.glob("*partial*"))
-    names = ("follow-1", "follow-2", "control-1", "stand-1", "go-and-return-1", "free-walk-1")
+    names = ("follow-1", "follow-2", "control-1", "stand-1", "go-and-return-1", "free-walk-1", "stroll-1")
     assert {p.name for p in (file.parent / "scores").iterdir()} == {f"{name}.jpg" for name in names}
 
 
@@ -328,7 +358,7 @@ def test_table_and_figure_show_what_was_found(examined, tmp_path):
     assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in at_one
     assert not any("4 s" in line for line in lines) and any("pixel frames a second" in line for line in lines)
     drawn = score_view.figure(found)
-    assert len(drawn.axes) == 6 and all(ax.lines or ax.patches for ax in drawn.axes)
+    assert len(drawn.axes) == 8 and all(ax.lines or ax.patches for ax in drawn.axes)
     assert score_view.save(drawn, tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -364,7 +394,7 @@ def test_play_is_seeded(exam):
     assert (evaluation.play(*given, steps=steps, seed=1) != evaluation.play(*given, steps=steps, seed=2)).any()
 
 
-@pytest.mark.parametrize("trial", [trials.stand, trials.free_walk])
+@pytest.mark.parametrize("trial", [trials.stand, trials.free_walk, stroll.stroll])
 def test_a_second_has_no_later_ones_to_compare(exam, trial):
     with pytest.raises(ValueError, match="1 s is compared with its own first second: use 2 or more"):
         trial(exam, seconds=1)

@@ -69,6 +69,10 @@ def _rows() -> list[Row]:
         Row("free walk: freezes where it should move (%)", "free_walk", ("freeze",), 100),
         Row("free walk: distance to the corpus at the end", "free_walk", ("corpus_last",), digits=2),
         Row("free walk: jump at chunk borders", "free_walk", ("jump",), digits=2),
+        Row("by sight: sharpness, at the end / first second", "stroll", ("sharpness_last",), digits=2),
+        Row("by sight: saturation, at the end / first second", "stroll", ("saturation_last",), digits=2),
+        Row("by sight: freezes where it should move (%)", "stroll", ("freeze",), 100),
+        Row("by sight: distance to the corpus at the end", "stroll", ("corpus_last",), digits=2),
         Row("diversity between seeds, learned distance", "variety", ("diversity",), digits=3),
         Row("distance to the truth of the same films", "variety", ("to_truth",), digits=3),
         Row("pixel frames a second", "speed", ("fps",)),
@@ -166,18 +170,19 @@ def conditions(found: Mapping) -> str:
 
 @figures.styled
 def figure(found: Mapping) -> Figure:
-    """Up to six panels of a file of scores, one for each of these that was measured: two distances to the truth over
-    time, direction by key, standing still, and the drift of sharpness and saturation. Bands and bars are 95 % bootstrap
-    intervals over walks."""
+    """Up to eight panels of a file of scores, one for each of these that was measured: two distances to the truth over
+    time, direction by key, standing still, and the drift of sharpness and saturation by recorded keys and by sight.
+    Bands and bars are 95 % bootstrap intervals over walks."""
     parts = found["parts"]
     panels = [(part, draw) for part, draw in PANELS if part in parts]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // max(columns, 1))
-    drawn, axes = plt.subplots(max(rows, 1), max(columns, 1), figsize=(11.5, 0.4 + 2.9 * max(rows, 1)), squeeze=False)
+    columns = max(1, min(4 if len(panels) > 6 else 3, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    size = (max(11.5, 3.6 * columns), 0.4 + 2.9 * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     axes = axes.flat[: len(panels)]
-    for letter, ax, (part, draw) in zip("abcdef", axes, panels, strict=False):
+    for letter, ax, (part, draw) in zip("abcdefgh", axes, panels, strict=False):
         draw(ax, parts[part])
         ax.set_title(f"{letter}  {ax.get_title('left')}", loc="left")
     handles = {}
@@ -263,8 +268,10 @@ PANELS: tuple[tuple[str, Callable[[Axes, Mapping], None]], ...] = (
     ("follow", lambda ax, part: _curves(ax, part, "perceptual", "learned distance", "The same in features")),
     ("control", _keys),
     ("stand", _still),
-    ("free_walk", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness on a free walk")),
-    ("free_walk", lambda ax, part: _drift(ax, part, "saturation", "Saturation on a free walk")),
+    ("free_walk", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by recorded keys")),
+    ("free_walk", lambda ax, part: _drift(ax, part, "saturation", "Saturation by recorded keys")),
+    ("stroll", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by sight")),
+    ("stroll", lambda ax, part: _drift(ax, part, "saturation", "Saturation by sight")),
 )
 """The part of a file of scores that each panel of `figure` shows, and what draws it."""
 

@@ -26,6 +26,7 @@ from lingbot_nb.presets import TIME_STRIDE, Preset, by_name
 from lingbot_nb.report import metrics, trials
 from lingbot_nb.report.features import corpus_distance, corpus_frechet, export_films
 from lingbot_nb.report.judge import JUDGE, Judge, key_direction, load_judge, pressed, rounded
+from lingbot_nb.report.stroll import stroll
 from lingbot_nb.report.trials import Exam, Outcome, chunk_shift, counted, followers, interval, per_second, ratio
 from lingbot_nb.runs import first_with, shipped_folders, write_json
 from lingbot_nb.stream.endless import FROZEN
@@ -97,6 +98,7 @@ TRIALS: dict[str, Trial] = {
     "stand": trials.stand,
     "go_and_return": trials.go_and_return,
     "free_walk": trials.free_walk,
+    "stroll": stroll,
     "variety": trials.variety,
     "speed": trials.speed,
 }
@@ -220,8 +222,8 @@ def main() -> None:
     options = dict(teacher_steps=args.teacher_steps, seed=args.seed, size=args.size, say=partial(print, flush=True))
     exam = load_exam(args.weights, clips, preset=by_name(args.preset), judge=args.judge, **options)
     parts = {name: TRIALS[name] for name in args.only}
-    if "free_walk" in parts:
-        parts["free_walk"] = partial(trials.free_walk, seconds=args.walk_seconds, walks=args.walks)
+    for name in {"free_walk", "stroll"} & set(parts):
+        parts[name] = partial(TRIALS[name], seconds=args.walk_seconds, walks=args.walks)
     where = next(exam.student.parameters())
     about = {
         "conditions": figures.conditions(exam.preset, where.device, where.dtype),

@@ -98,6 +98,12 @@ class Exam:
         given = self.student, self.vae, self.context, self.preset, starts, keys
         return evaluation.play(*given, steps=self.steps(self.student_steps[0]), seed=seed, size=self.size)
 
+    def play_by_sight(self, starts: np.ndarray, walkers: Sequence, pixel_frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """The student's films and keys of `walkers` who see them (`evaluation.play_by_sight`)."""
+        given = self.student, self.vae, self.context, self.preset, starts, walkers, pixel_frames
+        steps = self.steps(self.student_steps[0])
+        return evaluation.play_by_sight(*given, steps=steps, seed=self.seed, size=self.size)
+
     def with_tokenizer(self, real: np.ndarray) -> dict[str, np.ndarray]:
         """The simulator's films and, if wanted, the best that any student could show of them."""
         return {"simulator": real} | ({"tokenizer": reconstruct(self.vae, real)} if self.reconstructs else {})
@@ -558,13 +564,18 @@ def free_walk(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
             kept[label] = films
     mine = scores[exam.name]
     exam.say(f"  sharpness {mine['sharpness_last'][0]:.2f}, saturation {mine['saturation_last'][0]:.2f} of the first s")
-    detail = np.stack([per_second(metrics.laplacian_variance(film)) for film in kept[exam.name]])
-    stays = detail[:, ending(seconds)].mean(1) / np.maximum(detail[:, 0], 1e-9)
+    return Outcome(scores, long_strip(kept, exam.name, f"{seconds} s"))
+
+
+def long_strip(films: Mapping[str, np.ndarray], mine: str, words: str) -> dict[str, dict[str, np.ndarray]]:
+    """The long walks whose sharpness stays best, median and worst where `mine` walks, everyone's under each other."""
+    detail = np.stack([per_second(metrics.laplacian_variance(film)) for film in films[mine]])
+    stays = detail[:, ending(detail.shape[1])].mean(1) / np.maximum(detail[:, 0], 1e-9)
     worst_last = -np.abs(np.log(np.maximum(stays, 1e-9)))
     rows = {}
     for rank, place in ranked(worst_last).items():
-        rows |= {f"{rank} ({stays[place]:.2f})\n{label}": films[place] for label, films in kept.items()}
-    return Outcome(scores, {f"{seconds} s, by how near 1 the sharpness stays": rows})
+        rows |= {f"{rank} ({stays[place]:.2f})\n{label}": some[place] for label, some in films.items()}
+    return {f"{words}, by how near 1 the sharpness stays": rows}
 
 
 def walked(exam: Exam, clips: Sequence[Clip], pixel_frames: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
