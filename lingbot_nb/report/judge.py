@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -513,6 +514,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="lingbot_nb.report.judge", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of clips; its train split is learnt from")
     parser.add_argument("--out", type=Path, default=JUDGE)
+    parser.add_argument("--clips", type=int, help="how many clips to learn from (default: all)")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--start", type=Path, help="begin with this judge's weights")
     parser.add_argument("--batch", type=int, default=12, help="windows of five pictures a step")
@@ -521,7 +523,7 @@ def main() -> None:
     parser.add_argument("--softened", type=int, default=16, help="clips that are learnt through the tokenizer as well")
     parser.add_argument("--held-out", type=int, default=32, help="held-out clips to be examined on")
     args = parser.parse_args()
-    learnt = list(ClipStore(args.data, split="train"))
+    learnt = list(islice(ClipStore(args.data, split="train"), args.clips))
     unseen = (list(ClipStore(args.data, split="held-out")) or list(ClipStore(SHIPPED_CLIPS)))[: args.held_out]
     if not learnt:
         raise SystemExit(f"{args.data} has no train clips: collect some with seeds below the held-out ones")
