@@ -35,6 +35,19 @@ def bench(tmp_path):
     return Bench(Recipe(**options, **budgets), data, tmp_path / "weights", seed=0)
 
 
+def test_a_rank_that_got_fewer_clips_than_another_counts_them_all(bench, monkeypatch):
+    """Three clips on two ranks are two and one."""
+    clip = ClipStore(PROJECT / "data" / "clips")[0]
+    some = [replace(clip, seed=seed, id=f"walk-{seed}") for seed in range(3)]
+    digest = write_shard(bench.data / "three.safetensors", some)
+    write_manifest(bench.data, [{"shard": "three.safetensors", "split": "train", "sha256": digest, "seeds": [0, 1, 2]}])
+    for rank, mine in ((0, 2), (1, 1)):
+        monkeypatch.setattr(recipe.parallel, "start", lambda rank=rank: (rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+        there = Bench(bench.recipe, bench.data, bench.out, seed=0)
+        assert (len(there.train), there.train_clips) == (mine, 3)
+
+
 def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(bench):
     files = list(recipe.run(bench))
     assert files == [file for file, _ in recipe.STAGES]

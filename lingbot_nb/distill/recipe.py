@@ -118,7 +118,8 @@ class Bench:
         self.text = TinyText(self.preset.model.text_dim, self.preset.model.text_len)
         began = time.monotonic()
         # Collecting has just hashed every shard: hashing 40 GB again on every rank would cost minutes of GPUs.
-        self.train = list(ClipStore(data, split="train", check=False))[self.rank :: self.ranks]
+        walks = list(ClipStore(data, split="train", check=False))
+        self.train, self.train_clips = walks[self.rank :: self.ranks], len(walks)
         self.held_out = list(ClipStore(data, split="held-out", check=False))
         self.precision = train.autocast(self.device) if self.device.type == "cuda" else train.fp32
         self.say("data", clips=len(self.train), held_out=len(self.held_out), seconds=time.monotonic() - began)
@@ -169,7 +170,7 @@ class Bench:
             name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
             made = {"preset": self.preset.name, "machine": f"{self.ranks} x {name}", "torch": torch.__version__}
             made |= {"command": self.command} if self.command else {}
-            data = {"map": self.recipe.map, "train_clips": len(self.train) * self.ranks}
+            data = {"map": self.recipe.map, "train_clips": self.train_clips}
             data |= {"seed": self.seed, **asdict(budget)}
             data.pop("steps")  # a card's is how many were made
             checkpoint.save(self.out / file, module, dtype=torch.bfloat16, **made, **data, **card)

@@ -86,6 +86,7 @@ def measure(point: Point, whole: Bench, folder: Path, held_out: int = 64) -> dic
     for file in ("vae.safetensors", "vae.json"):
         shutil.copy(whole.out / file, folder / file)
     bench.train = bench.train[: point.clips]
+    bench.train_clips = point.clips
     some = {name: getattr(whole.latents, name)[: point.clips] for name in ("latents", "images", "poses", "keys")}
     bench.latents = replace(whole.latents, preset=order.preset, **some)
     began = time.monotonic()
