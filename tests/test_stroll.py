@@ -7,8 +7,6 @@ from lingbot_nb.control.keys import KEYS, MOVES, held
 from lingbot_nb.report import stroll, trials
 from lingbot_nb.world.clips import HELD_OUT_SEED
 
-WALKS = slice(MOVES.start, MOVES.stop)
-
 
 def noise(seed: int, strength: int = 60) -> np.ndarray:
     """A chunk of one picture [1, 24, 32, 3] with fine detail, another one for every seed."""
@@ -33,7 +31,7 @@ def test_who_sees_new_pictures_walks_on():
 @pytest.mark.parametrize("keys", ["w", "a", "wj"])
 def test_a_picture_that_stands_still_under_a_walking_key_is_turned_away_from(keys):
     rows = walking(keys=keys).keys(noise(0), 4)
-    assert not rows[:, WALKS].any() and (rows[:, KEYS.index("j")] ^ rows[:, KEYS.index("l")]).all()
+    assert not rows[:, MOVES].any() and (rows[:, KEYS.index("j")] ^ rows[:, KEYS.index("l")]).all()
 
 
 def test_standing_still_is_no_reason_to_turn():
@@ -45,7 +43,7 @@ def test_a_wall_is_turned_from_until_there_is_more_to_see():
     for seed in range(1, 4):
         walker.keys(noise(seed), 4)
     turned = walker.keys(noise(4, strength=3), 4)
-    assert not turned[:, WALKS].any() and turned.any(1).all(), "little detail: a wall"
+    assert not turned[:, MOVES].any() and turned.any(1).all(), "little detail: a wall"
     for seed in range(5, 8):
         assert (walker.keys(noise(seed, strength=3), 4) == turned[0]).all(), "the same way for as long as it is a wall"
     assert walker.turning
@@ -58,7 +56,7 @@ def test_a_turn_that_finds_nothing_ends_and_a_short_one_goes_on():
     for seed in range(1, 5):
         walker.keys(noise(seed), 4)
     rows = [walker.keys(noise(10 + n, strength=20 - n), 4) for n in range(18)]  # less and less to see
-    lengths = np.flatnonzero([chunk[:, WALKS].any() or not chunk.any() for chunk in rows])
+    lengths = np.flatnonzero([chunk[:, MOVES].any() or not chunk.any() for chunk in rows])
     assert 4 * lengths[0] == stroll.TURN[1]
     quick = walking()
     turned = quick.keys(noise(0), 4)

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lingbot_nb.control.keys import KEYS, held
-from lingbot_nb.control.keys import MOVES as MOVES_AT
+from lingbot_nb.control.keys import KEYS, MOVES, held
 from lingbot_nb.presets import FPS, TIME_STRIDE
 from lingbot_nb.report.judge import SHOWS
 from lingbot_nb.report.metrics import laplacian_variance
 from lingbot_nb.report.trials import Exam, Outcome, drift, long_strip, should_move
 from lingbot_nb.world.clips import Clip
 
-MOVES = ("w", "w", "w", "w", "wj", "wl", "a", "d", "")
+WANTED = ("w", "w", "w", "w", "wj", "wl", "a", "d", "")
 """What is held when nothing is in the way, each equally often."""
 FRAMES, TURN = (8, 40), (8, 64)
 """Pixel frames, least and most: that a move takes, and that a turn to a view worth walking to takes."""
@@ -56,17 +55,17 @@ class Stroller:
     @property
     def turning(self) -> bool:
         """Whether only turning keys are held."""
-        return bool(self.row.any() and not self.row[MOVES_AT].any())
+        return bool(self.row.any() and not self.row[MOVES].any())
 
     def stuck(self, picture_HW3: np.ndarray) -> bool:
         """Whether walking keys are held, and the picture did not move with them."""
-        if self.last is None or not self.row[MOVES_AT].any():
+        if self.last is None or not self.row[MOVES].any():
             return False
         return bool(np.abs(picture_HW3.astype(np.int16) - self.last).mean() < SHOWS)
 
     def next_row(self) -> np.ndarray:
         if self.done >= self.length:
-            self.hold(str(self.rng.choice(MOVES)), int(self.rng.integers(FRAMES[0], FRAMES[1] + 1)))
+            self.hold(str(self.rng.choice(WANTED)), int(self.rng.integers(FRAMES[0], FRAMES[1] + 1)))
         self.done += 1
         return self.row
 
