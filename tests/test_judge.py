@@ -194,6 +194,26 @@ def test_real_frames_lie_nearer_to_the_corpus_than_noise_and_blur(shipped, clips
     assert frechet_distance(flat["real"], flat["real"]) == pytest.approx(0, abs=1e-6)
 
 
+def test_real_views_alike_tell_how_much_detail_is_due(shipped):
+    """Each walk by the others; soft pictures are found by what they show, and lack what is due."""
+    real = np.stack([clip.frames for clip in shipped_clips(9)])
+    soft = np.stack([[cv2.GaussianBlur(f, (0, 0), 0.7) for f in film] for film in real])
+    sums = {"real": [], "soft": []}
+    for number in range(9):
+        views = features.LikeViews(shipped, np.delete(real, number, 0))
+        assert len(views) == 8 * 21
+        for name, films in (("real", real), ("soft", soft)):
+            film = films[number : number + 1]
+            due = views.expected(shipped.read(film).frames)
+            assert due.shape == (1, 21) and (due > 0).all()
+            sums[name].append((features.still_detail(film).sum(), due.sum()))
+    shares = {name: np.divide(*np.sum(pairs, 0)) for name, pairs in sums.items()}
+    assert 0.6 < shares["real"] < 1.6 and shares["soft"] < 0.3 * shares["real"]
+    views, stills = features.LikeViews(shipped, real), features.still_detail(real)
+    own = views.expected(shipped.read(real).frames)
+    assert np.corrcoef(np.log(own.ravel()), np.log(stills.ravel()))[0, 1] > 0.9
+
+
 def test_second_features_are_means_of_whole_seconds(shipped, clips):
     reading = shipped.read(clips[0].frames[None, :41])
     got = features.second_features(reading)

@@ -15,7 +15,7 @@ from lingbot_nb.model.dit import DiT
 from lingbot_nb.model.text import TinyText
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE
 from lingbot_nb.presets import MICRO
-from lingbot_nb.report import evaluation, metrics, score_view, scores, stroll, trials
+from lingbot_nb.report import evaluation, features, metrics, score_view, scores, stroll, trials
 from lingbot_nb.report.judge import Judge, Reading
 from lingbot_nb.runs import PROJECT
 from lingbot_nb.stream.session import Session
@@ -240,6 +240,26 @@ def test_a_judge_adds_what_it_reads(exam):
     assert found["corpus"][0] > 0 and found["corpus_frechet"] > 0
 
 
+def test_detail_beside_real_views_alike_is_told_by_second_later_and_at_the_end():
+    due = np.random.default_rng(0).uniform(50, 500, (3, 16))  # four seconds
+    detail = due * np.repeat([0.5, 0.4, 0.3, 0.25], 4)
+    found = trials.alike(detail, due, slice(-1, None))
+    assert [row[0] for row in found["alike"]] == pytest.approx([0.5, 0.4, 0.3, 0.25])
+    assert found["alike_kept"] == pytest.approx([0.5, 0.5, 0.5, 3])
+    later = detail[:, 4:].sum() / due[:, 4:].sum()
+    assert found["alike_later"][0] == pytest.approx(later) and found["alike_later"][1] <= later
+
+
+def test_few_real_pictures_are_compared_with_nothing(exam):
+    film = np.random.default_rng(0).integers(0, 256, (2, 33, *SIZE, 3), np.uint8)
+    moving = np.ones((2, 32), bool)
+    assert exam.views is None and "alike" not in trials.drift(exam, film, moving)
+    many = replace(exam, clips=[micro_clip(seed) for seed in range(43)])
+    assert len(many.views) == 43 * 6 >= features.FEWEST
+    found = trials.drift(many, film, moving)
+    assert len(found["alike"]) == 2 and found["alike_kept"][3] == 2
+
+
 def test_sharpness_drift_is_relative_to_the_first_second(exam):
     film = np.repeat(panning(3, 17)[None], 2, 0)
     film = np.concatenate([film, film[:, 1:] // 2], 1)
@@ -358,7 +378,7 @@ def test_table_and_figure_show_what_was_found(examined, tmp_path):
     assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in at_one
     assert not any("4 s" in line for line in lines) and any("pixel frames a second" in line for line in lines)
     drawn = score_view.figure(found)
-    assert len(drawn.axes) == 8 and all(ax.lines or ax.patches for ax in drawn.axes)
+    assert len(drawn.axes) == 7 and all(ax.lines or ax.patches for ax in drawn.axes)
     assert score_view.save(drawn, tmp_path / "figure.png").stat().st_size > 10_000
 
 

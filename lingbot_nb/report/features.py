@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lingbot_nb.presets import FPS, TIME_STRIDE
 from lingbot_nb.report.judge import Judge, Reading, pictures
-from lingbot_nb.report.metrics import gaussian_distance
+from lingbot_nb.report.metrics import gaussian_distance, laplacian_variance
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Two equally shaped sets of frames [..., H, W, 3] -> a distance for each frame, [...]."""
@@ -67,6 +67,50 @@ def corpus_distance(judge: Judge, frame_features: np.ndarray) -> np.ndarray:
     away = np.asarray(frame_features, np.float64) - mean
     solved = np.linalg.solve(covariance, away.reshape(-1, len(mean)).T).T.reshape(away.shape)
     return np.sqrt((away * solved).sum(-1) / len(mean))
+
+
+NEAREST = 8
+"""Real pictures that tell how much fine detail a picture like them has."""
+FEWEST = 256
+"""Real pictures below which nothing like a given one need be among them."""
+
+
+class LikeViews:
+    """Real pictures by what they show: how much fine detail a picture of such a view has in the simulator.
+
+    Sharpness over a first second's depends on where a walk leads: a wall close by has little to show. Over that of real
+    views like it, it depends on the model alone. `films` u8 [B, 4n + 1, H, W, 3] are real ones.
+    """
+
+    def __init__(self, judge: Judge, films: np.ndarray):
+        self.mean, covariance = _corpus(judge)
+        self.spread = np.sqrt(np.diag(covariance))
+        values, vectors = np.linalg.eigh(covariance / np.outer(self.spread, self.spread))
+        self.white = vectors / np.sqrt(values)
+        self.views = self._white(judge.read(films).frames).reshape(-1, len(self.mean))
+        self.detail = still_detail(films).ravel()
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def _white(self, frame_features: np.ndarray) -> np.ndarray:
+        return (np.asarray(frame_features, np.float64) - self.mean) / self.spread @ self.white
+
+    def expected(self, frame_features: np.ndarray) -> np.ndarray:
+        """Laplacian variance due to pictures of these features [..., 64]: the geometric mean over the `NEAREST` real
+        ones, distances in features of unit variance; shape [...]."""
+        wanted = self._white(frame_features).reshape(-1, len(self.mean))
+        found = []
+        for some in np.array_split(wanted, max(1, len(wanted) // 1024)):
+            away = (self.views**2).sum(1) - 2 * some @ self.views.T
+            nearest = np.argpartition(away, NEAREST - 1, axis=1)[:, :NEAREST]
+            found.append(np.exp(np.log(np.maximum(self.detail[nearest], 1e-9)).mean(1)))
+        return np.concatenate(found).reshape(np.shape(frame_features)[:-1])
+
+
+def still_detail(films: np.ndarray) -> np.ndarray:
+    """Laplacian variance of the pictures that the judge reads off films [B, 4n + 1, H, W, 3]: [B, n + 1]."""
+    return np.stack([laplacian_variance(film[::TIME_STRIDE]) for film in films])
 
 
 def corpus_frechet(judge: Judge, frame_features: np.ndarray) -> float:

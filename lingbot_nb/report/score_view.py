@@ -65,11 +65,17 @@ def _rows() -> list[Row]:
         Row("walked back: PSNR to the first view (dB)", "go_and_return", ("back",)),
         Row("no key: PSNR to its own first second, at the end (dB)", "stand", ("still", "-1")),
         Row("free walk: sharpness, at the end / first second", "free_walk", ("sharpness_last",), digits=2),
+        Row("free walk: sharpness / real views alike, after the first second", "free_walk", ("alike_later",), digits=2),
+        Row(
+            "free walk: sharpness / real views alike, at the end / first second", "free_walk", ("alike_kept",), digits=2
+        ),
         Row("free walk: saturation, at the end / first second", "free_walk", ("saturation_last",), digits=2),
         Row("free walk: freezes where it should move (%)", "free_walk", ("freeze",), 100),
         Row("free walk: distance to the corpus at the end", "free_walk", ("corpus_last",), digits=2),
         Row("free walk: jump at chunk borders", "free_walk", ("jump",), digits=2),
         Row("by sight: sharpness, at the end / first second", "stroll", ("sharpness_last",), digits=2),
+        Row("by sight: sharpness / real views alike, after the first second", "stroll", ("alike_later",), digits=2),
+        Row("by sight: sharpness / real views alike, at the end / first second", "stroll", ("alike_kept",), digits=2),
         Row("by sight: saturation, at the end / first second", "stroll", ("saturation_last",), digits=2),
         Row("by sight: freezes where it should move (%)", "stroll", ("freeze",), 100),
         Row("by sight: distance to the corpus at the end", "stroll", ("corpus_last",), digits=2),
@@ -171,10 +177,10 @@ def conditions(found: Mapping) -> str:
 @figures.styled
 def figure(found: Mapping) -> Figure:
     """Up to eight panels of a file of scores, one for each of these that was measured: two distances to the truth over
-    time, direction by key, standing still, and the drift of sharpness and saturation by recorded keys and by sight.
-    Bands and bars are 95 % bootstrap intervals over walks."""
+    time, direction by key, standing still, the drift of sharpness and saturation by recorded keys, that of sharpness by
+    sight, and the same over real views alike. Bands and bars are 95 % bootstrap intervals over walks."""
     parts = found["parts"]
-    panels = [(part, draw) for part, draw in PANELS if part in parts]
+    panels = [(part, draw) for part, key, draw in PANELS if any(key in row for row in parts.get(part, {}).values())]
     columns = max(1, min(4 if len(panels) > 6 else 3, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     size = (max(11.5, 3.6 * columns), 0.4 + 2.9 * rows)
@@ -263,17 +269,26 @@ def asked_line(ax: Axes, at: float, words: str, words_at: float | None = None) -
     ax.text(0.99, at if words_at is None else words_at, words, color=figures.LIMIT, fontsize=8, **place)
 
 
-PANELS: tuple[tuple[str, Callable[[Axes, Mapping], None]], ...] = (
-    ("follow", lambda ax, part: _curves(ax, part, "psnr", "PSNR (dB)", "Distance to the simulator")),
-    ("follow", lambda ax, part: _curves(ax, part, "perceptual", "learned distance", "The same in features")),
-    ("control", _keys),
-    ("stand", _still),
-    ("free_walk", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by recorded keys")),
-    ("free_walk", lambda ax, part: _drift(ax, part, "saturation", "Saturation by recorded keys")),
-    ("stroll", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by sight")),
-    ("stroll", lambda ax, part: _drift(ax, part, "saturation", "Saturation by sight")),
+def _alike(ax: Axes, part: Mapping) -> None:
+    for label, row in part.items():
+        _band(ax, row["seconds"], row["alike"], look(label))
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="seconds of play", ylabel="over real views alike")
+    ax.set_title("Sharpness by sight, wherever it leads")
+    ax.grid(axis="y")
+
+
+PANELS: tuple[tuple[str, str, Callable[[Axes, Mapping], None]], ...] = (
+    ("follow", "curves", lambda ax, part: _curves(ax, part, "psnr", "PSNR (dB)", "Distance to the simulator")),
+    ("follow", "curves", lambda ax, part: _curves(ax, part, "perceptual", "learned distance", "The same in features")),
+    ("control", "keys", _keys),
+    ("stand", "still", _still),
+    ("free_walk", "sharpness", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by recorded keys")),
+    ("free_walk", "saturation", lambda ax, part: _drift(ax, part, "saturation", "Saturation by recorded keys")),
+    ("stroll", "sharpness", lambda ax, part: _drift(ax, part, "sharpness", "Sharpness by sight")),
+    ("stroll", "alike", _alike),
 )
-"""The part of a file of scores that each panel of `figure` shows, and what draws it."""
+"""The part of a file of scores and what its rows have to hold for each panel of `figure`, and what draws it."""
 
 
 # ---- strips ----------------------------------------------------------------------------------------------------------

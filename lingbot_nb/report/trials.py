@@ -7,7 +7,7 @@ same starts, and its films and their reconstructions are scored by the same rule
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ from lingbot_nb.model.vae import from_uint8
 from lingbot_nb.presets import FPS, TIME_STRIDE, Preset
 from lingbot_nb.report import bench, evaluation, metrics
 from lingbot_nb.report.features import (
+    FEWEST,
     SECOND,
     Distance,
+    LikeViews,
     corpus_distance,
     diversity,
     lpips_distance,
     perceptual_distance,
     second_features,
+    still_detail,
 )
 from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, moved_as_asked, pressed, told, true_motion, truth
 from lingbot_nb.report.metrics import frechet_distance, psnr
@@ -81,6 +84,12 @@ class Exam:
     @property
     def still(self) -> float:
         return STILL / float(self.judge.scale)
+
+    @cached_property
+    def views(self) -> LikeViews | None:
+        """The clips' own pictures, to compare the detail of pictures like them with; None where they are few."""
+        found = LikeViews(self.judge, np.stack([clip.frames for clip in self.clips]))
+        return found if len(found) >= FEWEST else None
 
     @property
     def distances(self) -> dict[str, Distance]:
@@ -618,9 +627,11 @@ def should_move(keys: np.ndarray, poses: np.ndarray) -> np.ndarray:
 
 
 def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
-    """Second by second: sharpness and saturation over the first second's, change between pixel frames, distance to the
-    corpus; the mean of the last seconds over the first; the share of steps that freeze where something should move."""
-    distance = corpus_distance(exam.judge, exam.judge.read(films).frames)
+    """Second by second: sharpness and saturation over the first second's, sharpness over that of real views alike
+    (where there are enough to compare with), change between pixel frames, distance to the corpus; the mean of the last
+    seconds over the first; the share of steps that freeze where something should move."""
+    frames = exam.judge.read(films).frames
+    distance = corpus_distance(exam.judge, frames)
     changes = np.stack([metrics.frame_difference(film) for film in films])
     parts = {
         "sharpness": np.stack([per_second(metrics.laplacian_variance(film)) for film in films]),
@@ -637,8 +648,29 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
     for name in ("change", "corpus"):
         scores[name] = [interval(column) for column in parts[name].T]
         scores[f"{name}_last"] = interval(parts[name][:, last].mean(1))
+    if exam.views is not None:
+        scores |= alike(still_detail(films)[:, 1:], exam.views.expected(frames[:, 1:]), last)
     jump = float(np.mean([*map(metrics.boundary_jump, films)]))
     return scores | {"freeze": counted(changes < FROZEN, moving), "jump": jump}
+
+
+def alike(detail_BC: np.ndarray, expected_BC: np.ndarray, last: slice) -> dict:
+    """Fine detail of films over what real views like theirs have: by second, over the whole walk but its first second,
+    and the last seconds' share over the first second's, [ratio, low, high, walks] over walks."""
+    shown, due = (x.reshape(len(x), -1, SECOND).sum(2) for x in (detail_BC, expected_BC))
+    ends = np.stack([x[:, at].sum(1) for at in (last, slice(1)) for x in (shown, due)])
+
+    def kept(rows: np.ndarray) -> np.ndarray:
+        detail, expected, at_first, expected_at_first = ends[:, rows].sum(-1)
+        return detail / expected / (at_first / expected_at_first)
+
+    draws = np.random.default_rng(0).integers(0, len(shown), (2000, len(shown)))
+    bounds = np.quantile(kept(draws), [0.025, 0.975])
+    return {
+        "alike": [ratio(*columns) for columns in zip(shown.T, due.T, strict=True)],
+        "alike_later": ratio(shown[:, 1:].sum(1), due[:, 1:].sum(1)),
+        "alike_kept": [float(kept(np.arange(len(shown)))), *bounds.tolist(), len(shown)],
+    }
 
 
 def ending(seconds: int) -> slice:
