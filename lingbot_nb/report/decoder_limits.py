@@ -86,23 +86,13 @@ def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
     ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
     for r in rows:
         words = f"push {r['texture']:g}" + ("" if r["kl"] is None else f", KL {r['kl']:g}")
-        place = dict(xytext=(6, 6), textcoords="offset points", fontsize=9)
-        ax.annotate(words, (r["sharpness"], r["psnr"]), **place)
+        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
 
 
 def _asked(ax: Axes) -> None:
-    ax.axhline(ASKED["tokenizer"], color=figures.LIMIT, ls="--", lw=1)
-    ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
     words = f"asked: {ASKED['tokenizer']} dB, sharpness {ASKED['sharpness']}"
-    ax.text(
-        0.01,
-        ASKED["tokenizer"],
-        words,
-        color=figures.LIMIT,
-        fontsize=8,
-        va="bottom",
-        transform=ax.get_yaxis_transform(),
-    )
+    asked_line(ax, ASKED["tokenizer"], words, end="left")
+    ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
     ax.margins(x=0.4, y=0.2)
     ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One tokenizer, gone on with")
 

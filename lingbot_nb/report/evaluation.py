@@ -1,6 +1,8 @@
 """Generated clips beside the simulator's, under the same start frame and the same control."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,8 +67,21 @@ def student_clips(
     return torch.cat(list(chunks), 2)
 
 
-Ask = Callable[[np.ndarray, int], np.ndarray]
-"""Shown the pictures u8 [B, n, H, W, 3] of the last chunk, gives the next rows of keys, bool [B, count, 8]."""
+class Walker(Protocol):
+    """Whoever holds the keys of one film."""
+
+    def keys(self, pictures_NHW3: np.ndarray, count: int) -> np.ndarray:
+        """The next `count` rows of keys, bool [count, 8], after the last chunk's pictures u8 [N, H, W, 3]."""
+
+
+class Script:
+    """A walker whose keys [N, 8] were chosen before, whatever the pictures show."""
+
+    def __init__(self, keys_N8: np.ndarray):
+        self.rows = iter(keys_N8)
+
+    def keys(self, pictures_NHW3: np.ndarray, count: int) -> np.ndarray:
+        return np.array([*islice(self.rows, count)])
 
 
 def play(
@@ -89,81 +104,50 @@ def play(
     """
     if len(starts) != len(keys) or keys.shape[1] % TIME_STRIDE != 1:
         raise ValueError(f"{len(starts)} start pictures, keys {keys.shape}: give keys [{len(starts)}, 4n + 1, 8]")
-    asks = [_in_turn(keys[i : i + size]) for i in range(0, len(starts), size)]
-    return _play(dit, vae, context, preset, starts, asks, keys.shape[1], steps, seed, size)
+    walkers = [*map(Script, keys)]
+    given = dit, vae, context, preset, starts, walkers, keys.shape[1]
+    return play_by_sight(*given, steps=steps, seed=seed, size=size)[0]
 
 
+@torch.no_grad()
 def play_by_sight(
     dit,
     vae,
     context: Tensor,
     preset: Preset,
     starts: np.ndarray,
-    walkers: Sequence,
+    walkers: Sequence[Walker],
     pixel_frames: int,
     *,
     steps: Sequence[FewStep],
     seed: int = 0,
     size: int = 8,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`play` by walkers who see: one a film, whose `keys(pictures [n, H, W, 3], count)` gives the next rows of keys
-    after the last chunk's pictures. Returns the films of 4n + 1 `pixel_frames` and the keys, bool [B, N, 8].
-
-    Raises ValueError for other lengths or numbers of walkers.
-    """
+    """`play` by one walker a film, who is shown it chunk by chunk. Returns the films of 4n + 1 `pixel_frames` and the
+    keys that were held, bool [B, N, 8]. Raises ValueError for other lengths or numbers of walkers."""
     if len(starts) != len(walkers) or pixel_frames % TIME_STRIDE != 1:
         raise ValueError(
             f"{len(starts)} start pictures, {len(walkers)} walkers, {pixel_frames} pixel frames: give a walker for "
             "each picture and 4n + 1 frames"
         )
-    held: list[list[np.ndarray]] = [[] for _ in range(0, len(starts), size)]
-
-    def asked(group: int) -> Ask:
-        def ask(shown: np.ndarray, count: int) -> np.ndarray:
-            mine = walkers[size * group : size * (group + 1)]
-            rows = np.stack([walker.keys(film, count) for walker, film in zip(mine, shown, strict=True)])
-            held[group].append(rows)
-            return rows
-
-        return ask
-
-    asks = [asked(group) for group in range(len(held))]
-    films = _play(dit, vae, context, preset, starts, asks, pixel_frames, steps, seed, size)
-    return films, np.concatenate([np.concatenate(rows, 1) for rows in held])
-
-
-def _in_turn(keys_BN8: np.ndarray) -> Ask:
-    """Keys that were chosen before, in their order."""
-    at = 0
-
-    def ask(_: np.ndarray, count: int) -> np.ndarray:
-        nonlocal at
-        at += count
-        return keys_BN8[:, at - count : at]
-
-    return ask
-
-
-@torch.no_grad()
-def _play(
-    dit, vae, context, preset: Preset, starts, asks: Sequence[Ask], pixel_frames: int, steps, seed: int, size: int
-) -> np.ndarray:
     cpu = next(dit.parameters()).device.type == "cpu"
     net = StreamingDiT(dit) if cpu and isinstance(dit, DiT) else dit
     groups = [slice(i, i + size) for i in range(0, len(starts), size)]
     draws = [[torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(len(starts))[g]] for g in groups]
     frames = (pixel_frames - 1) // TIME_STRIDE + 1
-    made = [
-        np.concatenate([*_played(dit, net, vae, context, preset, starts[g], ask, frames, steps, draw)], 1)
-        for g, ask, draw in zip(groups, asks, draws, strict=True)
-    ]
-    return np.concatenate(made)
+    films, keys = [], []
+    for g, draw in zip(groups, draws, strict=True):
+        chunks = _played(dit, net, vae, context, preset, starts[g], walkers[g], frames, steps, draw)
+        shown, rows = zip(*chunks, strict=True)
+        films.append(np.concatenate(shown, 1))
+        keys.append(np.concatenate(rows, 1))
+    return np.concatenate(films), np.concatenate(keys)
 
 
 def _played(
-    dit, net, vae, context, preset: Preset, starts, ask: Ask, frames: int, steps, draws
-) -> Iterator[np.ndarray]:
-    """The pixel frames of a group of films of so many latent frames, chunk after chunk."""
+    dit, net, vae, context, preset: Preset, starts, walkers: Sequence[Walker], frames: int, steps, draws
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pixel frames of a group of films of so many latent frames, and the keys into them, chunk after chunk."""
     first, settings, shape = next(dit.parameters()), preset.stream, preset.shape
     device, count = first.device, len(starts)
     picture = from_uint8(torch.from_numpy(np.ascontiguousarray(starts))[:, None].to(device))
@@ -177,7 +161,8 @@ def _played(
         return torch.stack([torch.randn(cells, generator=draw) for draw in draws]).to(device)
 
     for length in settings.chunk_lengths(frames):
-        rows = ask(shown, TIME_STRIDE * length - (TIME_STRIDE - 1 if begin == 0 else 0))
+        asked = TIME_STRIDE * length - (TIME_STRIDE - 1 if begin == 0 else 0)
+        rows = np.stack([walker.keys(film, asked) for walker, film in zip(walkers, shown, strict=True)])
         control = torch.stack([path.push(row) for path, row in zip(paths, rows, strict=True)]).to(device)
         at = [min(i, condition.shape[2] - 1) for i in range(begin, begin + length)]
         told = Conditions(text, control if preset.model.control_channels else None, condition[:, :, at])
@@ -188,7 +173,7 @@ def _played(
             write = begin + length < frames
             x0 = next_chunk(net, noise(length), steps, conditions=told, cache=cache, renoise=renoise, write=write)
         shown = to_uint8(decoder.decode(x0)).cpu().numpy()
-        yield shown
+        yield shown, rows
         begin += length
 
 

@@ -84,9 +84,7 @@ class LikeViews:
 
     def __init__(self, judge: Judge, films: np.ndarray):
         self.mean, covariance = _corpus(judge)
-        self.spread = np.sqrt(np.diag(covariance))
-        values, vectors = np.linalg.eigh(covariance / np.outer(self.spread, self.spread))
-        self.white = vectors / np.sqrt(values)
+        self.white = np.linalg.cholesky(np.linalg.inv(covariance))
         self.views = self._white(judge.read(films).frames).reshape(-1, len(self.mean))
         self.detail = still_detail(films).ravel()
 
@@ -94,11 +92,12 @@ class LikeViews:
         return len(self.views)
 
     def _white(self, frame_features: np.ndarray) -> np.ndarray:
-        return (np.asarray(frame_features, np.float64) - self.mean) / self.spread @ self.white
+        """Features in which `corpus_distance` is the plain one."""
+        return (np.asarray(frame_features, np.float64) - self.mean) @ self.white
 
     def expected(self, frame_features: np.ndarray) -> np.ndarray:
         """Laplacian variance due to pictures of these features [..., 64]: the geometric mean over the `NEAREST` real
-        ones, distances in features of unit variance; shape [...]."""
+        ones; shape [...]."""
         wanted = self._white(frame_features).reshape(-1, len(self.mean))
         found = []
         for some in np.array_split(wanted, max(1, len(wanted) // 1024)):

@@ -64,24 +64,23 @@ def _rows() -> list[Row]:
         Row("walked away for 1 s: PSNR to the first view (dB)", "go_and_return", ("away",)),
         Row("walked back: PSNR to the first view (dB)", "go_and_return", ("back",)),
         Row("no key: PSNR to its own first second, at the end (dB)", "stand", ("still", "-1")),
-        Row("free walk: sharpness, at the end / first second", "free_walk", ("sharpness_last",), digits=2),
-        Row("free walk: sharpness / real views alike, after the first second", "free_walk", ("alike_later",), digits=2),
-        Row(
-            "free walk: sharpness / real views alike, at the end / first second", "free_walk", ("alike_kept",), digits=2
-        ),
-        Row("free walk: saturation, at the end / first second", "free_walk", ("saturation_last",), digits=2),
-        Row("free walk: freezes where it should move (%)", "free_walk", ("freeze",), 100),
-        Row("free walk: distance to the corpus at the end", "free_walk", ("corpus_last",), digits=2),
+        *_lasting("free walk", "free_walk"),
         Row("free walk: jump at chunk borders", "free_walk", ("jump",), digits=2),
-        Row("by sight: sharpness, at the end / first second", "stroll", ("sharpness_last",), digits=2),
-        Row("by sight: sharpness / real views alike, after the first second", "stroll", ("alike_later",), digits=2),
-        Row("by sight: sharpness / real views alike, at the end / first second", "stroll", ("alike_kept",), digits=2),
-        Row("by sight: saturation, at the end / first second", "stroll", ("saturation_last",), digits=2),
-        Row("by sight: freezes where it should move (%)", "stroll", ("freeze",), 100),
-        Row("by sight: distance to the corpus at the end", "stroll", ("corpus_last",), digits=2),
+        *_lasting("by sight", "stroll"),
         Row("diversity between seeds, learned distance", "variety", ("diversity",), digits=3),
         Row("distance to the truth of the same films", "variety", ("to_truth",), digits=3),
         Row("pixel frames a second", "speed", ("fps",)),
+    ]
+
+
+def _lasting(title: str, part: str) -> list[Row]:
+    return [
+        Row(f"{title}: sharpness, at the end / first second", part, ("sharpness_last",), digits=2),
+        Row(f"{title}: sharpness / real views alike, after the first second", part, ("alike_later",), digits=2),
+        Row(f"{title}: sharpness / real views alike, at the end / first second", part, ("alike_kept",), digits=2),
+        Row(f"{title}: saturation, at the end / first second", part, ("saturation_last",), digits=2),
+        Row(f"{title}: freezes where it should move (%)", part, ("freeze",), 100),
+        Row(f"{title}: distance to the corpus at the end", part, ("corpus_last",), digits=2),
     ]
 
 
@@ -262,11 +261,12 @@ def _drift(ax: Axes, part: Mapping, name: str, title: str) -> None:
     ax.set_title(title)
 
 
-def asked_line(ax: Axes, at: float, words: str, words_at: float | None = None) -> None:
-    """What was asked for, at a height, with its words at the right end."""
+def asked_line(ax: Axes, at: float, words: str, words_at: float | None = None, end: str = "right") -> None:
+    """What was asked for, at a height, with its words at an `end`, "left" or "right"."""
     ax.axhline(at, color=figures.LIMIT, lw=1, ls="--")
-    place = dict(ha="right", va="bottom", transform=ax.get_yaxis_transform())
-    ax.text(0.99, at if words_at is None else words_at, words, color=figures.LIMIT, fontsize=8, **place)
+    place = dict(ha=end, va="bottom", transform=ax.get_yaxis_transform())
+    across = {"left": 0.01, "right": 0.99}[end]
+    ax.text(across, at if words_at is None else words_at, words, color=figures.LIMIT, fontsize=8, **place)
 
 
 def _alike(ax: Axes, part: Mapping) -> None:

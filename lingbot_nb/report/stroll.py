@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lingbot_nb.control.keys import KEYS, MOVES, held
-from lingbot_nb.presets import FPS, TIME_STRIDE
+from lingbot_nb.control.keys import MOVES, held
+from lingbot_nb.presets import FPS
 from lingbot_nb.report.judge import SHOWS
 from lingbot_nb.report.metrics import laplacian_variance
-from lingbot_nb.report.trials import Exam, Outcome, drift, long_strip, should_move
+from lingbot_nb.report.trials import Exam, Outcome, lasting, should_move, simulated_by_sight, turning
 from lingbot_nb.world.clips import Clip
 
 WANTED = ("w", "w", "w", "w", "wj", "wl", "a", "d", "")
@@ -78,48 +78,21 @@ def strollers(seed: int, count: int) -> list[Stroller]:
     return [Stroller(np.random.default_rng([seed, number])) for number in range(count)]
 
 
-def simulated(clips: Sequence[Clip], walkers: Sequence[Stroller], pixel_frames: int) -> tuple[np.ndarray, ...]:
-    """Where `walkers` go in ViZDoom from the starts of `clips`: films u8 [B, N, H, W, 3], keys bool [B, N, 8], their
-    first row of no effect, and poses [B, N, 4, 4]."""
-    from lingbot_nb.world.vizdoom import Simulator, SimulatorSettings
-
-    walks = []
-    with Simulator(SimulatorSettings(map=clips[0].map)) as game:
-        for clip, walker in zip(clips, walkers, strict=True):
-            frame, pose = game.reset(clip.seed)
-            frames, poses, keys = [frame], [pose], [*walker.keys(frame[None], 1)]
-            while len(frames) < pixel_frames:
-                rows = walker.keys(np.stack(frames[-TIME_STRIDE:]), TIME_STRIDE)
-                for frame, pose in map(game.step, rows):
-                    frames.append(frame)
-                    poses.append(pose)
-                keys += [*rows]
-            walks.append((np.stack(frames), np.stack(keys), np.stack(poses)))
-    films, keys, poses = map(np.stack, zip(*walks, strict=True))
-    return films, keys, poses
-
-
 def stroll(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
     """Walks of `seconds` by sight from the first `walks` starts, in the simulator (where there is one) and by the
     student: the same numbers as `trials.free_walk`, where the keys are recorded ones.
 
     A student's freezing counts where it is told to turn: whether a step was in vain only a simulator knows.
     """
-    if seconds < 2:
-        raise ValueError(f"a stroll of {seconds} s is compared with its own first second: use 2 or more")
-    scores, kept = {}, {}
-    for label, films, moving in strolled(exam, exam.clips[:walks], FPS * seconds + 1):
-        scores[label], kept[label] = drift(exam, films, moving), films
-    mine = scores[exam.name]
-    exam.say(f"  sharpness {mine['sharpness_last'][0]:.2f}, saturation {mine['saturation_last'][0]:.2f} of the first s")
-    return Outcome(scores, long_strip(kept, exam.name, f"{seconds} s by sight"))
+    return lasting(exam, strolled(exam, exam.clips[:walks], FPS * seconds + 1), seconds, f"{seconds} s by sight")
 
 
 def strolled(exam: Exam, clips: Sequence[Clip], pixel_frames: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Label, films and the steps in which their pictures should move, bool [B, N - 1], of everyone who walks."""
     if exam.simulate:
-        films, keys, poses = simulated(clips, strollers(exam.seed, len(clips)), pixel_frames)
+        seeds, walkers = [clip.seed for clip in clips], strollers(exam.seed, len(clips))
+        films, keys, poses = simulated_by_sight(seeds, walkers, pixel_frames, clips[0].map)
         yield "simulator", films, should_move(keys, poses)
     starts = np.stack([clip.frames[0] for clip in clips])
     films, keys = exam.play_by_sight(starts, strollers(exam.seed, len(clips)), pixel_frames)
-    yield exam.name, films, keys[:, 1:, KEYS.index("j")] ^ keys[:, 1:, KEYS.index("l")]
+    yield exam.name, films, turning(keys)

@@ -28,7 +28,6 @@ from lingbot_nb.report.features import (
     lpips_distance,
     perceptual_distance,
     second_features,
-    still_detail,
 )
 from lingbot_nb.report.judge import STILL, WALKS, Judge, Reading, moved_as_asked, pressed, told, true_motion, truth
 from lingbot_nb.report.metrics import frechet_distance, psnr
@@ -88,8 +87,8 @@ class Exam:
     @cached_property
     def views(self) -> LikeViews | None:
         """The clips' own pictures, to compare the detail of pictures like them with; None where they are few."""
-        found = LikeViews(self.judge, np.stack([clip.frames for clip in self.clips]))
-        return found if len(found) >= FEWEST else None
+        films = np.stack([clip.frames for clip in self.clips])
+        return LikeViews(self.judge, films) if len(films) * len(films[0, ::TIME_STRIDE]) >= FEWEST else None
 
     @property
     def distances(self) -> dict[str, Distance]:
@@ -107,7 +106,9 @@ class Exam:
         given = self.student, self.vae, self.context, self.preset, starts, keys
         return evaluation.play(*given, steps=self.steps(self.student_steps[0]), seed=seed, size=self.size)
 
-    def play_by_sight(self, starts: np.ndarray, walkers: Sequence, pixel_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    def play_by_sight(
+        self, starts: np.ndarray, walkers: Sequence[evaluation.Walker], pixel_frames: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The student's films and keys of `walkers` who see them (`evaluation.play_by_sight`)."""
         given = self.student, self.vae, self.context, self.preset, starts, walkers, pixel_frames
         steps = self.steps(self.student_steps[0])
@@ -152,15 +153,30 @@ def steps_label(count: int) -> str:
 def simulated(seeds: Sequence[int], keys: np.ndarray, world: str) -> tuple[np.ndarray, np.ndarray]:
     """What ViZDoom shows under keys [B, N, 8] from the starts that `seeds` draw, u8 [B, N, 96, 160, 3], and the poses
     of its camera, f32 [B, N, 4, 4], in map units."""
+    films, _, poses = simulated_by_sight(seeds, [*map(evaluation.Script, keys)], keys.shape[1], world)
+    return films, poses
+
+
+def simulated_by_sight(
+    seeds: Sequence[int], walkers: Sequence[evaluation.Walker], pixel_frames: int, world: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where one walker a start goes in ViZDoom, shown a latent frame's pictures at a time: films as `simulated` gives
+    them, the keys that were held, bool [B, N, 8], row 0 of no effect, and the poses."""
     from lingbot_nb.world.vizdoom import Simulator, SimulatorSettings
 
+    walks = []
     with Simulator(SimulatorSettings(map=world)) as game:
-        walks = [
-            [*map(np.stack, zip(game.reset(seed), *map(game.step, rows[1:]), strict=True))]
-            for seed, rows in zip(seeds, keys, strict=True)
-        ]
-    films, poses = map(np.stack, zip(*walks, strict=True))
-    return films, poses
+        for seed, walker in zip(seeds, walkers, strict=True):
+            frame, pose = game.reset(seed)
+            frames, poses, keys = [frame], [pose], [*walker.keys(frame[None], 1)]
+            while len(frames) < pixel_frames:
+                rows = walker.keys(np.stack(frames[-TIME_STRIDE:]), min(TIME_STRIDE, pixel_frames - len(frames)))
+                keys.extend(rows)
+                for frame, pose in map(game.step, rows):
+                    frames.append(frame)
+                    poses.append(pose)
+            walks.append((np.stack(frames), np.stack(keys), np.stack(poses)))
+    return tuple(map(np.stack, zip(*walks, strict=True)))
 
 
 @torch.no_grad()
@@ -564,16 +580,25 @@ def free_walk(exam: Exam, seconds: int = 60, walks: int = 8) -> Outcome:
     That someone sees where they go; a student's rooms are soon others, and whoever walks by keys of elsewhere ends at
     walls, which have little detail. So the simulator walks once more, from every start by the next one's keys: `STRAY`.
     """
+    everyone = walked(exam, exam.clips[:walks], FPS * seconds + 1)
+    return lasting(exam, everyone, seconds, f"{seconds} s", hidden=("tokenizer", STRAY))
+
+
+def lasting(
+    exam: Exam, everyone: Iterable[tuple[str, np.ndarray, np.ndarray]], seconds: int, words: str, hidden=()
+) -> Outcome:
+    """`drift` of everyone who walks for `seconds`: label, films and the steps in which they should move, taken one
+    after the other. All but the `hidden` are shown, under `words`."""
     if seconds < 2:
-        raise ValueError(f"a free walk of {seconds} s is compared with its own first second: use 2 or more")
-    clips, scores, kept = exam.clips[:walks], {}, {}
-    for label, films, moving in walked(exam, clips, FPS * seconds + 1):
+        raise ValueError(f"a walk of {seconds} s is compared with its own first second: use 2 or more")
+    scores, kept = {}, {}
+    for label, films, moving in everyone:
         scores[label] = drift(exam, films, moving)
-        if label not in ("tokenizer", STRAY):
+        if label not in hidden:
             kept[label] = films
     mine = scores[exam.name]
     exam.say(f"  sharpness {mine['sharpness_last'][0]:.2f}, saturation {mine['saturation_last'][0]:.2f} of the first s")
-    return Outcome(scores, long_strip(kept, exam.name, f"{seconds} s"))
+    return Outcome(scores, long_strip(kept, exam.name, words))
 
 
 def long_strip(films: Mapping[str, np.ndarray], mine: str, words: str) -> dict[str, dict[str, np.ndarray]]:
@@ -622,8 +647,12 @@ def should_move(keys: np.ndarray, poses: np.ndarray) -> np.ndarray:
     from lingbot_nb.world.vizdoom import STILL as UNMOVED
 
     moved = np.linalg.norm(np.diff(poses[:, :, :3, 3], axis=1), axis=-1) > UNMOVED
-    turning = keys[:, 1:, KEYS.index("j")] ^ keys[:, 1:, KEYS.index("l")]
-    return turning | (moved & keys[:, 1:].any(-1))
+    return turning(keys) | (moved & keys[:, 1:].any(-1))
+
+
+def turning(keys: np.ndarray) -> np.ndarray:
+    """Steps in which one turning key of [B, N, 8] is held, bool [B, N - 1]."""
+    return keys[:, 1:, KEYS.index("j")] ^ keys[:, 1:, KEYS.index("l")]
 
 
 def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
@@ -633,8 +662,9 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
     frames = exam.judge.read(films).frames
     distance = corpus_distance(exam.judge, frames)
     changes = np.stack([metrics.frame_difference(film) for film in films])
+    detail = np.stack([metrics.laplacian_variance(film) for film in films])
     parts = {
-        "sharpness": np.stack([per_second(metrics.laplacian_variance(film)) for film in films]),
+        "sharpness": np.stack([*map(per_second, detail)]),
         "saturation": np.stack([per_second(metrics.saturation(film)) for film in films]),
         "change": changes.reshape(len(films), -1, FPS).mean(2),
         "corpus": distance[:, 1:].reshape(len(films), -1, SECOND).mean(2),
@@ -649,7 +679,7 @@ def drift(exam: Exam, films: np.ndarray, moving: np.ndarray) -> dict:
         scores[name] = [interval(column) for column in parts[name].T]
         scores[f"{name}_last"] = interval(parts[name][:, last].mean(1))
     if exam.views is not None:
-        scores |= alike(still_detail(films)[:, 1:], exam.views.expected(frames[:, 1:]), last)
+        scores |= alike(detail[:, TIME_STRIDE::TIME_STRIDE], exam.views.expected(frames[:, 1:]), last)
     jump = float(np.mean([*map(metrics.boundary_jump, films)]))
     return scores | {"freeze": counted(changes < FROZEN, moving), "jump": jump}
 
