@@ -124,7 +124,8 @@ def test_a_new_decoder_leaves_the_latents_alone(bench, monkeypatch):
     for name, value in kept.encoder.state_dict().items():
         assert torch.equal(value, made.encoder.state_dict()[name]), name
     assert torch.equal(made.latent_std, kept.latent_std) and torch.equal(made.latent_mean, kept.latent_mean)
-    assert card["steps"] >= 1 and card["decoder_of"] == checkpoint.read_card(bench.out / "vae.safetensors")["sha256"]
+    before = checkpoint.read_card(bench.out / "vae.safetensors")
+    assert card["steps"] >= 1 and card["decoder_of"] == before["sha256"] and "made_from" not in card
 
 
 def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(bench, monkeypatch):
@@ -135,6 +136,7 @@ def test_a_decoder_can_go_on_as_it_is_with_another_push_of_its_discriminator(ben
     assert all(v == 0 for n, v in moved.items() if not n.startswith("decoder"))
     assert any(v > 0 for n, v in moved.items() if n.startswith("decoder"))
     assert card["texture"] == 0.25
+    assert card["decoder_of"] == card["made_from"]["sha256"] and card["made_from"]["kind"] == "tokenizer"
 
 
 def test_a_whole_tokenizer_can_go_on_under_another_kl(bench, monkeypatch):

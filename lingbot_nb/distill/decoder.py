@@ -65,16 +65,16 @@ def main() -> None:
         widths, depths = args.widths or default.decoder_widths, args.depths or default.decoder_depths
         vae = with_decoder(vae, tuple(widths), tuple(depths))
     budget = Budget(args.seconds, args.batch, args.lr)
-    card = dict(kind="tokenizer") | made_from(checkpoint.read_card(args.vae), recipe.kl if args.whole else None)
+    before = checkpoint.read_card(args.vae)
+    card = dict(kind="tokenizer") | made_from(before, args.go_on, recipe.kl if args.whole else None)
     fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, decibel=args.decibel, **card)
 
 
-def made_from(card: Mapping, kl: float | None) -> dict:
-    """What a new card tells of the tokenizer before: whose latents a decoder reads, or, where the encoder learnt on
-    under `kl`, whose weights both began with."""
-    if kl is not None:
-        return dict(made_from=dict(card), kl=kl)
-    return dict(decoder_of=card["sha256"], encoder_command=card.get("command", ""))
+def made_from(card: Mapping, go_on: bool, kl: float | None) -> dict:
+    """What a new card tells of the tokenizer before: all of it, where its weights are what this one began with; and
+    whose latents the decoder reads, or the KL under which the encoder learnt on."""
+    begun = dict(made_from=dict(card)) if go_on else dict(encoder_command=card.get("command", ""))
+    return begun | (dict(kl=kl) if kl is not None else dict(decoder_of=card["sha256"]))
 
 
 if __name__ == "__main__":
