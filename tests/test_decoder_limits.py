@@ -84,8 +84,15 @@ def test_from_the_command_line_rows_and_a_figure_are_kept(tmp_path, monkeypatch)
     assert course.get_legend().get_texts()[0].get_text() == "decoder alone, push 0"
 
 
-def test_the_kept_runs_began_with_two_tokenizers_of_the_same_latents():
+def test_the_kept_runs_tell_which_tokenizer_each_began_with():
+    """Decoders alone without decibels began with the first one, all others but the last with the second, whose latents
+    are the same; the last, which is shipped, with the one before it."""
     rows = json.loads((PROJECT / "papermill_runs" / "decoder-limits.json").read_text())["rows"]
-    begun = {kind: {row["decoder_of"] for row in rows if (row["kl"] is None) == kind} for kind in (True, False)}
-    assert len(begun[True]) == len(begun[False]) == 1 and min(row["texture"] for row in rows) == 0
+    begun = [row["decoder_of"] for row in rows]
+    alone = [row["kl"] is None for row in rows]
+    assert alone == [True] * 3 + [False] * 3 + [True] and len({*begun[:3]}) == len({*begun[3:6]}) == 1
+    shipped = json.loads((PROJECT / "data" / "weights" / "vae.json").read_text())
+    assert begun[-1] == shipped["decoder_of"] == shipped["made_from"]["sha256"]
+    assert begun[3] == shipped["made_from"]["made_from"]["sha256"]
+    assert min(row["texture"] for row in rows) == 0
     assert all(20 < row["psnr"] < 50 and 0 < row["sharpness"] < 2 and len(row["course"]) > 10 for row in rows)
