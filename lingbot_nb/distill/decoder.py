@@ -5,8 +5,9 @@
 
 What decoding costs is decided by its widths alone, so a machine that plays too slowly needs no new teacher or student.
 With `--go-on` the decoder that is there learns on instead; `--texture` says how much its discriminator may push, where
-0 gives the most PSNR that these latents allow and the softest pictures. With `--whole` the encoder learns on, too,
-under a KL of `--kl`: then the latents move, and teacher and students have to follow them.
+0 gives the most PSNR that these latents allow and the softest pictures; `distill.between` chooses between two pushes
+afterwards. With `--whole` the encoder learns on, too, under a KL of `--kl`: then the latents move, and teacher and
+students have to follow them.
 """
 
 import argparse
