@@ -40,6 +40,29 @@ def test_statistics_and_counts_stay_exact_and_the_rest_is_bf16(state):
     assert back.keys() == state.keys()
 
 
+@pytest.mark.parametrize("share", (1, 60, 64, 1000))
+def test_numbers_can_share_a_scale_with_fewer_than_their_row(state, share):
+    """A part's own extreme decides, whatever the rest of the row holds; a last part may be shorter."""
+    there = packing.packed(state, share)
+    back = packing.unpacked(there)
+    for name in ("matrix", "kernel"):
+        rows, got = state[name].flatten(1), back[name].flatten(1)
+        parts = there[name + packing.SCALE].shape[1]
+        size = -(-rows.shape[1] // parts)
+        assert size <= share and (parts - 1) * size < rows.shape[1] <= parts * size
+        for wanted, found in zip(rows.split(size, 1), got.split(size, 1), strict=True):
+            allowed = wanted.abs().amax(1) / packing.LEVELS * (0.5 + packing.LEVELS / 256)
+            assert ((found - wanted).abs().amax(1) <= allowed).all()
+    coarse = packing.unpacked(packing.packed(state))
+    moved = {n: (b["matrix"] - state["matrix"]).norm() for n, b in (("fine", back), ("coarse", coarse))}
+    assert moved["fine"] < 0.9 * moved["coarse"] or share > 256
+
+
+def test_nobody_can_share_a_scale_with_no_number(state):
+    with pytest.raises(ValueError, match="0 numbers cannot share a scale"):
+        packing.packed(state, 0)
+
+
 def test_a_row_of_zeros_stays_zero():
     back = packing.unpacked(packing.packed({"zeros": torch.zeros(256, 256)}))
     assert torch.equal(back["zeros"], torch.zeros(256, 256))
@@ -60,6 +83,11 @@ def test_the_command_packs_a_file_whose_loaded_network_is_nearly_the_same(tmp_pa
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["megabytes"] < 0.55 * told["megabytes_before"]
+    finer = subprocess.run(
+        [*command[:-1], str(tmp_path / "finer.safetensors"), "--share", "64"],
+        **dict(capture_output=True, text=True, cwd=PROJECT, timeout=120),
+    )
+    assert 1.01 < json.loads(finer.stdout)["megabytes"] / told["megabytes"] < 1.06
     before, after = checkpoint.read_card(source), checkpoint.read_card(out)
     assert after["packed_from"] == before["sha256"] != after["sha256"]
     assert {**after, "sha256": 0, "packed_from": 0} == {**before, "sha256": 0, "packed_from": 0}
