@@ -7,6 +7,8 @@ to either averages out (Wortsman et al. 2022, "Model soups"). No training: the p
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def main() -> None:
     made = between(*map(TinyVAE.from_file, files), args.part)
     cards = [checkpoint.read_card(file) for file in files]
     told = {name: cards[1][name] for name in ("preset", "kind", "size") if name in cards[1]}
-    command = f"python -m {parser.prog} {args.first} {args.second} --part {args.part:g} --out {args.out}"
+    command = f"python -m {parser.prog} {shlex.join(sys.argv[1:])}"
     file = args.out / "vae.safetensors"
     checkpoint.save(file, made, dtype=torch.bfloat16, command=command, **told, part=args.part, between=cards)
     print(f"{file}: {args.part:g} of the way from {args.first} to {args.second}")

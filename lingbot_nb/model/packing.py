@@ -26,8 +26,8 @@ SCALE = ".row_scale"
 
 
 def packed(state: dict[str, Tensor], share: int | None = None) -> dict[str, Tensor]:
-    """A state dict with its large matrices as int8 and, beside each, bf16 scales [rows, parts], each of `share` numbers
-    or fewer (None: of a whole row); the rest in bf16. Raises ValueError for a share below 1."""
+    """A state dict with its large matrices as int8 and, beside each, bf16 scales: [rows], or [rows, parts] of `share`
+    numbers or fewer; the rest in bf16. Raises ValueError for a share below 1."""
     if share is not None and share < 1:
         raise ValueError(f"{share} numbers cannot share a scale: give 1 or more, or nothing for whole rows")
     out: dict[str, Tensor] = {}
@@ -52,9 +52,8 @@ def _rows(tensor: Tensor, share: int | None) -> tuple[Tensor, Tensor]:
     """(int8 of the same shape, bf16 [rows] or [rows, parts]) of a tensor whose first dimension counts rows."""
     rows = tensor.float().flatten(1).abs()
     parts = -(-rows.shape[1] // share) if share else 1
-    size = -(-rows.shape[1] // parts)
-    padded = torch.nn.functional.pad(rows, (0, parts * size - rows.shape[1]))
-    extremes = padded.unflatten(1, (parts, size)).amax(2)
+    # Equal parts: their number alone, which the file keeps, tells where they end.
+    extremes = torch.stack([part.amax(1) for part in rows.split(-(-rows.shape[1] // parts), 1)], 1)
     # The scale that is stored is the one that is divided by: its own rounding costs nothing but a hair of the range.
     scale = (extremes / LEVELS).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
     levels = (tensor.float() / _beside(scale, tensor)).round().clamp(-LEVELS, LEVELS)
