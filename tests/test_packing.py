@@ -58,6 +58,15 @@ def test_numbers_can_share_a_scale_with_fewer_than_their_row(state, share):
     assert moved["fine"] < 0.9 * moved["coarse"] or share > 256
 
 
+def test_what_lies_on_its_rows_levels_already_is_not_rounded_a_second_time(state):
+    """An encoder whose decoder learnt on comes out of its packed file as it went in, whatever the decoder gets."""
+    once = packing.unpacked(packing.packed(state))
+    moved = dict(once, kernel=once["kernel"] * (1 + 0.1 * torch.randn(300, 16, 4, 4)))
+    there = packing.packed(moved, 64)
+    assert torch.equal(packing.unpacked(there)["matrix"], once["matrix"])
+    assert there["matrix" + packing.SCALE].dim() == 1 and there["kernel" + packing.SCALE].shape == (300, 4)
+
+
 def test_nobody_can_share_a_scale_with_no_number(state):
     with pytest.raises(ValueError, match="0 numbers cannot share a scale"):
         packing.packed(state, 0)

@@ -50,7 +50,8 @@ def main() -> None:
     told = {name: cards[1][name] for name in ("preset", "kind", "size") if name in cards[1]}
     command = f"python -m {parser.prog} {shlex.join(sys.argv[1:])}"
     file = args.out / "vae.safetensors"
-    checkpoint.save(file, made, dtype=torch.bfloat16, command=command, **told, part=args.part, between=cards)
+    # In fp32: the encoder is both files' own and must not be rounded; packing comes after.
+    checkpoint.save(file, made, dtype=torch.float32, command=command, **told, part=args.part, between=cards)
     print(f"{file}: {args.part:g} of the way from {args.first} to {args.second}")
 
 

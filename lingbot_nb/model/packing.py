@@ -27,7 +27,7 @@ SCALE = ".row_scale"
 
 def packed(state: dict[str, Tensor], share: int | None = None) -> dict[str, Tensor]:
     """A state dict with its large matrices as int8 and, beside each, bf16 scales: [rows], or [rows, parts] of `share`
-    numbers or fewer; the rest in bf16. Raises ValueError for a share below 1."""
+    numbers or fewer where that moves a matrix less; the rest in bf16. Raises ValueError for a share below 1."""
     if share is not None and share < 1:
         raise ValueError(f"{share} numbers cannot share a scale: give 1 or more, or nothing for whole rows")
     out: dict[str, Tensor] = {}
@@ -35,7 +35,7 @@ def packed(state: dict[str, Tensor], share: int | None = None) -> dict[str, Tens
         if not tensor.is_floating_point() or tensor.numel() < STATISTICS:
             out[name] = tensor
         elif tensor.dim() > 1 and tensor.numel() >= LARGE:
-            out[name], out[name + SCALE] = _rows(tensor, share)
+            out[name], out[name + SCALE] = _nearest(tensor, share)
         else:
             out[name] = tensor.bfloat16()
     return out
@@ -46,6 +46,13 @@ def unpacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     scales = {name.removesuffix(SCALE): tensor for name, tensor in state.items() if name.endswith(SCALE)}
     whole = {name: tensor for name, tensor in state.items() if not name.endswith(SCALE)}
     return whole | {name: whole[name].float() * _beside(scale, whole[name]) for name, scale in scales.items()}
+
+
+def _nearest(tensor: Tensor, share: int | None) -> tuple[Tensor, Tensor]:
+    """`_rows` of whole rows or of parts, whichever moves the tensor less: what was packed by rows before (an encoder
+    whose decoder learnt on) lies on their levels exactly and would be rounded a second time on others."""
+    made = [_rows(tensor, parts) for parts in ((share, None) if share else (None,))]
+    return min(made, key=lambda pair: float((pair[0].float() * _beside(pair[1], tensor) - tensor.float()).norm()))
 
 
 def _rows(tensor: Tensor, share: int | None) -> tuple[Tensor, Tensor]:
