@@ -61,6 +61,73 @@ def test_every_stage_leaves_weights_with_a_card_and_a_second_start_does_nothing(
     assert stages[0] == "data" and stages.count("done") == len(files)
 
 
+class Killed(Exception):
+    pass
+
+
+def killed_at(bench, monkeypatch, stage: str, step: int) -> list[dict]:
+    """Runs the recipe until `stage` tells of `step`; the rows of that stage so far."""
+    rows, say = [], bench.say
+
+    def told(name, **row):
+        say(name, **row)
+        if name == stage and "step" in row:
+            rows.append(row)
+            if row["step"] >= step:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "say", told)
+        with pytest.raises(Killed):
+            list(recipe.run(bench))
+    return rows
+
+
+def rows_of(bench, stage: str) -> list[dict]:
+    lines = [json.loads(line) for line in (bench.out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage and "step" in line]
+
+
+def test_a_tokenizer_that_was_killed_goes_on_from_its_checkpoint(bench, monkeypatch):
+    monkeypatch.setattr(recipe, "REPORT_EVERY", 1)
+    monkeypatch.setattr(recipe, "KEEP_EVERY", 2)
+    bench.recipe = replace(bench.recipe, tokenizer=Budget(3600, 1, 1e-3))
+    killed_at(bench, monkeypatch, "tokenizer", 5)
+    assert not bench.has("vae.safetensors")
+    bench.recipe = replace(bench.recipe, tokenizer=Budget(0.1, 1, 1e-3))
+    assert list(recipe.run(bench, "vae.safetensors")) == ["vae.safetensors"]
+    assert checkpoint.read_card(bench.out / "vae.safetensors")["steps"] >= 4
+    steps = [row["step"] for row in rows_of(bench, "tokenizer")]
+    assert steps[:5] == [1, 2, 3, 4, 5] and min(steps[5:]) >= 4, "the fourth step was kept, the fifth made again"
+    assert not bench.unfinished.exists()
+
+
+@pytest.mark.parametrize("stage, file", [("ode", "ode"), ("student", "matched"), ("steady", "student")])
+def test_a_stage_of_counted_steps_that_was_killed_goes_on_from_its_checkpoint(bench, monkeypatch, stage, file):
+    budget = {"still" if stage == "steady" else stage: Budget(3600, 2, 1e-3, steps=8)}
+    bench.recipe = replace(bench.recipe, still_frames=8, **budget)
+    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+    killed_at(bench, monkeypatch, stage, 5)
+    *_, last = recipe.run(bench, f"{file}.safetensors")
+    assert last == f"{file}.safetensors" and checkpoint.read_card(bench.out / last)["steps"] == 8
+    again = [row["step"] for row in rows_of(bench, stage)][5:]
+    assert again[0] in (5, 6) and again[-1] == 8, (
+        "on from the fourth step, or from the fifth where the kill was noticed"
+    )
+    assert not bench.unfinished.exists()
+
+
+def test_a_teacher_that_was_killed_goes_on_from_its_checkpoint(bench, monkeypatch):
+    """A stage that goes by time counts the seconds before."""
+    monkeypatch.setattr(recipe, "KEEP_EVERY", 5)
+    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+    bench.recipe = replace(bench.recipe, teacher=Budget(3600, 1, 1e-3))
+    before = killed_at(bench, monkeypatch, "teacher", 10)[-1]
+    bench.recipe = replace(bench.recipe, teacher=Budget(before["seconds"] - 1e-4, 1, 1e-3))
+    *_, last = recipe.run(bench, "teacher.safetensors")
+    assert checkpoint.read_card(bench.out / last)["steps"] == 10 and len(rows_of(bench, "teacher")) == 2
+
+
 def test_training_stops_at_the_stage_that_was_asked_for(bench):
     assert list(recipe.run(bench, "teacher.safetensors")) == ["vae.safetensors", "teacher.safetensors"]
     assert not bench.has("causal.safetensors")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lingbot_nb.distill import optim, tokenizer
+from lingbot_nb.distill import optim, parallel, tokenizer
 from lingbot_nb.distill.tokenizer import TokenizerSettings, group_batches, random_groups, train_tokenizer
 from lingbot_nb.model.vae import MICRO_VAE, TinyVAE, from_uint8
 
@@ -330,6 +330,28 @@ def test_a_stopped_run_goes_on_as_if_nothing_happened(tmp_path, stopped_at):
     assert steps[0] == stopped_at + 1
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_of_several_ranks_the_first_keeps_and_the_others_go_on_from_it_with_draws_of_their_own(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.pt"
+    monkeypatch.setattr(parallel, "place", lambda: (1, 2))
+    list(train(micro_vae(), steps=2, checkpoint=path))
+    assert not path.exists(), "the second rank writes nothing"
+    monkeypatch.setattr(parallel, "place", lambda: (0, 2))
+    first = torch.Generator().manual_seed(5)
+    batches = group_batches(drifting_clips(), SETTINGS.batch, first)
+    list(train_tokenizer(micro_vae(), batches, settings=SETTINGS, generator=first, steps=2, checkpoint=path))
+    weights, drawn = {}, {}
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
+        vae, own = micro_vae(), torch.Generator().manual_seed(5 + rank)
+        options = dict(settings=SETTINGS, generator=own, steps=2, checkpoint=path, calibrate=False)
+        made = train_tokenizer(vae, iter(()), **options)
+        assert next(made)["step"] == 2
+        weights[rank], drawn[rank] = vae.state_dict(), own.get_state()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    fresh = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
+    assert not any(torch.equal(drawn[1], other) for other in (drawn[0], *fresh))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

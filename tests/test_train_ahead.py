@@ -294,6 +294,33 @@ def test_ranks_with_noise_of_their_own_have_no_common_checkpoint(monkeypatch, tm
         next(fit(line_step(), state, steps=1, checkpoint=tmp_path))
 
 
+def test_ranks_that_draw_anew_take_the_same_weights_and_other_noise(monkeypatch, tmp_path):
+    """Of two ranks with generators of their own: one checkpoint, the first's; nothing is drawn twice."""
+    monkeypatch.setattr(parallel, "several", lambda: True)
+    monkeypatch.setattr(parallel, "agree", lambda value, device: value)
+    monkeypatch.setattr(parallel, "average_gradients", lambda parameters, values=(): list(values))
+    seeds = []
+
+    def trained(rank: int, steps: int) -> TrainState:
+        monkeypatch.setattr(parallel, "place", lambda: (rank, 2))
+        state, clips = replace(line_state(rank), generator=rng(rank)), rng(10 + rank)
+        options = dict(checkpoint=tmp_path, store=train.drawn_anew(clips))
+        assert [row["step"] for row in fit(line_step(), state, steps=steps, **options)] == [steps - 2, steps - 1, steps]
+        seeds.append((state.generator.initial_seed(), clips.initial_seed()))
+        return state
+
+    trained(1, 3)
+    assert train.checkpoints(tmp_path) == [], "the second rank writes nothing"
+    first = trained(0, 3)
+    assert [file.name for file in train.checkpoints(tmp_path)] == ["step-00000003.pt"]
+    resumed = replace(line_state(1), generator=rng(1))
+    train.resume(resumed, tmp_path, train.drawn_anew())
+    assert all(torch.equal(*pair) for pair in zip(weights(first), weights(resumed), strict=True))
+    trained(1, 6)
+    trained(0, 6)
+    assert seeds[:2] == [(1, 11), (0, 10)] and len({seed for pair in seeds for seed in pair}) == 8
+
+
 def test_ranks_ask_for_the_time_now_and_then_and_walk_at_the_last_pace_between(monkeypatch):
     state, asked = line_state(), []
 

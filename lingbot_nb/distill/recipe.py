@@ -3,13 +3,14 @@
     torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights --collect 6000
 
 Stages run in order, each as long as its seconds say, each leaving weights and a card in `--out`; a command that was
-killed goes on with the first stage whose weights are not there.
+killed goes on with the first stage whose weights are not there, from the last checkpoint of that stage.
 """
 
 import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -96,6 +97,12 @@ class Recipe:
         check_walks(self.walks, self.preset.shape.frames, self.preset.stream)
 
 
+REPORT_EVERY = 200
+"""Steps between two rows of a tokenizer."""
+KEEP_EVERY = 2000
+"""Steps between two checkpoints of a stage that goes by time: less than a minute of one H200."""
+KEEP_PARTS = 4
+"""Parts with a checkpoint between them, of a stage whose budget counts steps: it takes minutes in all."""
 LOG_EVERY = 10
 """Steps between two looks at the device's numbers: the host runs ahead meanwhile."""
 SKIPS = 3
@@ -180,6 +187,12 @@ class Bench:
             data |= {"seed": self.seed, **asdict(budget)}
             data.pop("steps")  # a card's is how many were made
             checkpoint.save(self.out / file, module, dtype=dtype, **made, **data, **card)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of the checkpoints of the stage that runs: gone when its weights are kept."""
+        return self.out / "unfinished"
 
     def has(self, file: str) -> bool:
         return checkpoint.card_path(self.out / file).exists()
@@ -223,7 +236,9 @@ def fit_tokenizer(
         settings=settings,
         generator=generator,
         held_out=held_out,
-        report_every=200,
+        report_every=REPORT_EVERY,
+        checkpoint=bench.unfinished / "tokenizer.pt",
+        checkpoint_every=KEEP_EVERY,
         compile=bench.recipe.compile,
     )
     row = {}
@@ -237,9 +252,22 @@ def fit_tokenizer(
     bench.keep("vae.safetensors", vae, budget, dtype=dtype, **told, **card)
 
 
-def run_fit(bench: Bench, stage: str, step: train.Step, state: train.TrainState, budget: Budget, schedule) -> None:
+def run_fit(
+    bench: Bench,
+    stage: str,
+    step: train.Step,
+    state: train.TrainState,
+    budget: Budget,
+    schedule: train.Schedule,
+    *draws: torch.Generator,
+) -> None:
+    """Trains to a budget's end, or on from where a killed command left its checkpoints; `draws` are the generators that
+    the step draws from beside the state's own."""
     ends = dict(steps=budget.steps) if budget.steps else dict(seconds=budget.seconds)
-    for row in train.fit(step, state, **ends, schedule=schedule, log_every=LOG_EVERY, skips=SKIPS):
+    every = -(-budget.steps // KEEP_PARTS) if budget.steps else KEEP_EVERY
+    kept = dict(checkpoint=bench.unfinished / stage, every=every)
+    options = dict(schedule=schedule, log_every=LOG_EVERY, skips=SKIPS, store=train.drawn_anew(*draws))
+    for row in train.fit(step, state, **ends, **kept, **options):
         if row["step"] % 100 == 0 or row["step"] in (1, 10) or budget.steps or "skipped" in row:
             bench.say(stage, steps_per_second=row["step"] / row["seconds"], **row)
 
@@ -298,7 +326,7 @@ def train_teacher(bench: Bench) -> None:
     batches = bench.latents.batches(budget.batch, draws)
     options = dict(precision=bench.precision, compile=around_loss(bench), record=bench.record(state.generator, draws))
     step = train.teacher_step(compiled(bench, dit), batches, shift=bench.preset.flow.shift, **options)
-    run_fit(bench, "teacher", step, state, budget, train.warmup_decay(0.02, 0.45))
+    run_fit(bench, "teacher", step, state, budget, train.warmup_decay(0.02, 0.45), draws)
     card = dict(kind="teacher", steps=state.step, **made)
     bench.keep("teacher.safetensors", state.averages["teacher"].module, budget, **card)
 
@@ -319,7 +347,7 @@ def train_causal(bench: Bench) -> None:
         compile=around_loss(bench),
         record=bench.record(state.generator, draws),
     )
-    run_fit(bench, "causal", step, state, budget, train.warmup_decay(0.02, 0.45))
+    run_fit(bench, "causal", step, state, budget, train.warmup_decay(0.02, 0.45), draws)
     bench.keep("causal.safetensors", state.averages["student"].module, budget, kind="causal teacher", steps=state.step)
 
 
@@ -336,7 +364,7 @@ def regress(bench: Bench) -> None:
         pairs = trajectories.pairs_in_memory(bench.latents, trajectory, **made)
     options = dict(precision=bench.precision, record=bench.record(state.generator, draws))
     step = train.ode_regression_step(compiled(bench, student), pairs, preset.stream, schedule.sigmas, **options)
-    run_fit(bench, "ode", step, state, budget, train.warmup_decay(0.05, 0.3))
+    run_fit(bench, "ode", step, state, budget, train.warmup_decay(0.05, 0.3), draws)
     card = dict(kind="causal student", pairs=recipe.pair_batches * budget.batch * bench.ranks)
     keep_student(bench, "ode.safetensors", state, budget, "causal.safetensors", **card)
 
@@ -367,10 +395,7 @@ def match_distributions(bench: Bench) -> None:
         compile=around_loss(bench),
         record=bench.record(state.generator, draws),
     )
-    ends = dict(steps=budget.steps) if budget.steps else dict(seconds=budget.seconds)
-    for row in train.fit(step, state, **ends, schedule=train.warmup_decay(0.05, 0.3), log_every=LOG_EVERY, skips=SKIPS):
-        if "student_g" in row or row["step"] % 10 == 0 or "skipped" in row:
-            bench.say("student", **row)
+    run_fit(bench, "student", step, state, budget, train.warmup_decay(0.05, 0.3), draws)
     keep_student(bench, "matched.safetensors", state, budget, "ode.safetensors")
 
 
@@ -402,7 +427,7 @@ def steady(bench: Bench) -> None:
         train.keeping_step(dit, before, walks, preset.stream, **options, **precision),
         still_step(dit, batches, preset.stream, labels, train.grad_caches(preset), **precision),
     )
-    run_fit(bench, "steady", step, state, budget, train.warmup_decay(0.08, 0.3))
+    run_fit(bench, "steady", step, state, budget, train.warmup_decay(0.08, 0.3), draws)
     keep_student(bench, "student.safetensors", state, budget, "matched.safetensors")
 
 

@@ -417,7 +417,7 @@ def train_tokenizer(
     `vae` holds the averaged weights, calibrated; `calibrate=False` keeps the latents' mean and deviation as they were,
     for a tokenizer in whose latents networks live already. With `checkpoint`, everything is kept there every
     `checkpoint_every` steps and a second call goes on from it; for the same draws again, hand the sampler's `generator`
-    over too.
+    over too. Of several ranks the first writes, and all go on from that.
 
     Raises ValueError for two lengths or none, or a checkpoint of other settings; RuntimeError when a loss blows up.
     """
@@ -502,6 +502,8 @@ def _finish(state: _Training, batches: Iterator[Tensor], calibrate: bool) -> Non
 
 
 def _keep(state: dict, path: Path) -> None:
+    if parallel.place()[0]:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     torch.save(state, unfinished)
@@ -515,4 +517,7 @@ def _resume(training: _Training, path: Path) -> None:
     if differing:
         changes = ", ".join(f"{name} {found.get(name)} -> {wanted[name]}" for name in differing)
         raise ValueError(f"checkpoint '{path}' was made with other settings ({changes}): use them, or another path")
+    own = training.generator.initial_seed()
     training.restore(state)
+    if parallel.place()[0]:
+        training.generator.manual_seed(own + training.step)  # the file has the first rank's draws

@@ -290,11 +290,13 @@ def _save_once(folder: Path | str, state: TrainState) -> None:
 @dataclass(frozen=True)
 class Store:
     """How checkpoints are kept: `save(folder, state)`, called by every rank; `found(folder)`, the whole ones, oldest
-    first; `load(checkpoint, state)`. `sharded.SHARDS` is for models that no rank holds whole."""
+    first; `load(checkpoint, state)`. `sharded.SHARDS` is for models that no rank holds whole. `apart`: ranks with
+    generators of their own can share its checkpoints."""
 
     save: Callable[[Path | str, TrainState], object]
     found: Callable[[Path | str], list[Path]]
     load: Callable[[Path, TrainState], None]
+    apart: bool = False
 
 
 def _found_files(folder: Path | str) -> list[Path]:
@@ -311,6 +313,24 @@ def _found_files(folder: Path | str) -> list[Path]:
 
 FILES = Store(_save_once, _found_files, load_checkpoint)
 """One file a checkpoint, written by rank 0."""
+
+
+def drawn_anew(*generators: torch.Generator) -> Store:
+    """`FILES` for ranks that draw apart: all take rank 0's weights, and each rank's generators, the state's and these,
+    go on from a place that only its own seed and the step decide. A training resumed so draws what it would not have
+    drawn otherwise, and nothing twice."""
+
+    def load(file: Path, state: TrainState) -> None:
+        seeds = [generator.initial_seed() for generator in (state.generator, *generators)]
+        load_checkpoint(file, state)
+        for generator, seed in zip((state.generator, *generators), seeds, strict=True):
+            generator.manual_seed(seed + FAR * state.step)
+
+    return Store(_save_once, _found_files, load, apart=True)
+
+
+FAR = 1_000_003
+"""Between the seeds of two steps: farther than those of ranks and purposes lie apart."""
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -362,7 +382,7 @@ def fit(
     Raises Diverged (nothing is saved after it) where a step met nan or inf, or returned a "…loss" or "…grad" that is.
     The first `skips` such steps are passed over instead, which moves no weight (`descend`): their rows say "skipped".
     """
-    _check_fit(state, steps, seconds, checkpoint, log_every)
+    _check_fit(state, steps, seconds, checkpoint, log_every, store)
     saved = resume(state, checkpoint, store)
     log = _MetricsLog(metrics if parallel.place()[0] == 0 else None, state.step)
     rates = {role: [group["lr"] for group in optimizer.param_groups] for role, optimizer in state.optimizers.items()}
@@ -405,13 +425,19 @@ def fit(
 
 
 def _check_fit(
-    state: TrainState, steps: int | None, seconds: float | None, checkpoint: Path | str | None, log_every: int
+    state: TrainState,
+    steps: int | None,
+    seconds: float | None,
+    checkpoint: Path | str | None,
+    log_every: int,
+    store: Store,
 ) -> None:
     if steps is None and seconds is None:
         raise ValueError("fit has no end: give steps, seconds or both")
     if log_every < 1:
         raise ValueError(f"log_every {log_every} is below 1: use 1 to read every row at once")
-    if checkpoint is not None and parallel.several() and not isinstance(state.generator, parallel.SharedGenerator):
+    apart = parallel.several() and not isinstance(state.generator, parallel.SharedGenerator)
+    if checkpoint is not None and apart and not store.apart:
         raise ValueError("ranks with generators of their own cannot share a checkpoint: use parallel.shared_generator")
 
 
