@@ -7,7 +7,8 @@ import torch
 from micro_world import random_batch, random_dit
 
 from lingbot_nb.distill import parallel, train
-from lingbot_nb.presets import MICRO
+from lingbot_nb.distill.still import Halts
+from lingbot_nb.presets import MICRO, StreamSettings
 from lingbot_nb.world.latents import Batch
 
 GLOBAL_BATCH = 4
@@ -56,3 +57,17 @@ def failing(how):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(torch.zeros(1, device=device()))
         yield {"step": step, "loss": float("nan"), "chatter": say(f"hello from {rank}")}
+
+
+def histories(count):
+    """Of halts drawn on ranks of which one has seen nobody walk for longer than two frames."""
+    rank, ranks = parallel.place()
+    latest, frames = (6, 2)[rank] if ranks > 1 else 6, 8
+    places = torch.tensor([[0, at] for at in range(latest)], device=device())
+    halts = Halts(None, places, torch.zeros(latest, 1, device=device()))
+    object.__setattr__(halts, "batch", lambda rows, history, *_: int(places[rows, 1].min()) >= history - 1)
+    settings = StreamSettings(chunk=1, image_first=True)
+    drawn = halts.batches(3, torch.Generator(device()).manual_seed(rank), frames, settings)
+    for _, (fits, history) in zip(range(count), drawn, strict=False):
+        least, most = parallel.least(history, device()), -parallel.least(-history, device())
+        yield {"least": least, "most": most, "fits": bool(parallel.least(fits, device()))}

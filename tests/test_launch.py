@@ -102,6 +102,15 @@ def test_a_function_of_a_cell_travels_and_ranks_may_have_more_rows_than_others(t
         next(launch(in_a_notebook(careless, factor=factor), {"count": 1}, processes=1, folder=tmp_path))
 
 
+def test_ranks_with_other_walks_draw_halts_with_the_same_history(tmp_path):
+    """One rank that drew a length which the other does not have would leave it waiting for an exchange that never
+    comes."""
+    rows = list(launch(launch_target.histories, {"count": 12}, processes=2, folder=tmp_path))
+    assert all(row["least"] == row["most"] and row["fits"] for row in rows) and len(rows) == 12
+    assert {row["least"] for row in rows} == {1, 2}, "what both ranks have"
+    assert {row["least"] for row in launch_target.histories(40)} == {1, 2, 3, 4, 5, 6}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="both would take the first GPU, which NCCL refuses")
 def test_two_machines_are_further_arguments_of_torchrun(tmp_path):
     with socket.socket() as probe:

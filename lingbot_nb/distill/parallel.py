@@ -146,6 +146,15 @@ def agree(value: float, device: torch.device | str) -> float:
     return shared.item()
 
 
+def least(value: float, device: torch.device | str) -> float:
+    """The least of the ranks' values, on every rank: how far all of them can go."""
+    if not several():
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return shared.item()
+
+
 @torch.no_grad()
 def same_start(module: nn.Module) -> None:
     """Rank 0's parameters and buffers on every rank."""

@@ -66,7 +66,8 @@ class Halts:
         walk, `latest` frames at most, the same number for a whole batch; control modes are drawn as in
         `LatentClips.batches`. Raises ValueError when no halt has a chunk before it."""
         frame = self.places[:, 1].contiguous()
-        most = min(latest, 1 + int(frame.max()), frames - 1)
+        # Ranks hold different walks, and must draw from the same list.
+        most = parallel.least(min(latest, 1 + int(frame.max()), frames - 1), frame.device)
         histories = [at for at in accumulate(settings.chunk_lengths(frames)) if at <= most]
         if not histories:
             raise ValueError(
