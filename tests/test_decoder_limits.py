@@ -84,15 +84,42 @@ def test_from_the_command_line_rows_and_a_figure_are_kept(tmp_path, monkeypatch)
     assert course.get_legend().get_texts()[0].get_text() == "decoder alone, push 0"
 
 
+def test_a_run_from_nothing_began_with_no_tokenizer_and_has_a_colour_of_its_own(tmp_path):
+    kinds = (
+        dict(decoder_of="abc"),
+        dict(decoder_of="abc", decibel=0.05),
+        dict(made_from={"sha256": "abc"}, kl=5e-6),
+        dict(made_from={"sha256": "abc"}, kl=3e-4, decibel=0.05),
+        dict(kl=3e-4, decibel=0.05),
+    )
+    rows = []
+    for number, made in enumerate(kinds):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows.append(decoder_limits.row(run_folder(folder, 0.3, 32.0, 0.4, **made)))
+    assert [row["decoder_of"] for row in rows] == ["abc"] * 4 + [None]
+    assert (
+        decoder_limits.table(rows).splitlines()[6].startswith("| 0.3 | all, KL 0.0003, a dB worth 0.05, from nothing |")
+    )
+    course = decoder_limits.figure(rows).axes[1]
+    told = [text.get_text() for text in course.get_legend().get_texts()]
+    assert told[-1] == "from nothing, dB in the loss, push 0.3" and len(told) == 5
+    assert len({line.get_color() for line in course.lines[:5]}) == 5
+    assert course.get_ylim()[0] == 30.5, "where a run from nothing has come within 2.5 dB of what was asked"
+
+
 def test_the_kept_runs_tell_which_tokenizer_each_began_with():
-    """Decoders alone without decibels began with the first one, all others but the last with the second, whose latents
-    are the same; the last, which is shipped, with the one before it."""
+    """Decoders alone without decibels began with the first one, three whole ones with the second, whose latents are the
+    same; the decoders after them with the one before each, and the last run with nothing."""
     rows = json.loads((PROJECT / "papermill_runs" / "decoder-limits.json").read_text())["rows"]
     begun = [row["decoder_of"] for row in rows]
     alone = [row["kl"] is None for row in rows]
-    assert alone == [True] * 3 + [False] * 3 + [True] and len({*begun[:3]}) == len({*begun[3:6]}) == 1
+    assert alone == [True] * 3 + [False] * 3 + [True] * 2 + [False]
+    assert len({*begun[:3]}) == len({*begun[3:6]}) == 1 and begun[-1] is None
     shipped = json.loads((PROJECT / "data" / "weights" / "vae.json").read_text())
-    assert begun[-1] == shipped["decoder_of"] == shipped["made_from"]["sha256"]
-    assert begun[3] == shipped["made_from"]["made_from"]["sha256"]
+    before = shipped["made_from"]
+    assert begun[-2] == shipped["decoder_of"] == before["sha256"]
+    assert begun[-3] == before["decoder_of"] == before["made_from"]["sha256"]
+    assert begun[3] == before["made_from"]["made_from"]["sha256"]
     assert min(row["texture"] for row in rows) == 0
     assert all(20 < row["psnr"] < 50 and 0 < row["sharpness"] < 2 and len(row["course"]) > 10 for row in rows)

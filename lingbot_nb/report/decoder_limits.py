@@ -5,7 +5,7 @@
 Each folder is one run of `distill.decoder --go-on --texture …`. The push trades PSNR for fine detail; a run without it
 shows the most PSNR that these latents give a decoder of this size, so what is missing there no push can bring. Runs
 with `--whole`, whose encoder learnt on under another KL, show whether it is the latents' fault, and runs with
-`--decibel` whether it is the loss's.
+`--decibel` whether it is the loss's. A folder of `distill.recipe` shows what a tokenizer comes to from nothing.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from lingbot_nb.runs import write_json
 
 def row(folder: Path) -> dict:
     """One decoder: its card's push, steps, seconds, machine and held-out numbers, `kl` (None where the encoder rested),
-    `decibel` (the worth of a dB in its loss) and `course`, what its log tells of [step, PSNR in dB, sharpness] on other
-    held-out windows. FileNotFoundError for a folder that is no such run."""
+    `decibel` (the worth of a dB in its loss), `decoder_of` (the sha256 of the tokenizer that it began with; None from
+    nothing) and `course`, what its log tells of [step, PSNR in dB, sharpness] on other held-out windows.
+    FileNotFoundError for a folder that is no such run."""
     file = folder / "vae.safetensors"
     card = checkpoint.read_card(file)
     if "texture" not in card or not (folder / "log.jsonl").exists():
@@ -36,7 +37,7 @@ def row(folder: Path) -> dict:
     told = [line for line in lines if line["stage"] == "tokenizer" and "psnr" in line]
     course = [[line["step"], line["psnr"], line["sharpness"]] for line in told]
     named = ("texture", "steps", "seconds", "batch", "machine")
-    of = card.get("decoder_of") or card["made_from"]["sha256"]
+    of = card.get("decoder_of") or card.get("made_from", {}).get("sha256")
     told = {name: card[name] for name in named}
     told |= {"decoder_of": of, "kl": card.get("kl"), "decibel": card.get("decibel", 0.0)}
     return told | card["metrics"] | {"course": course}
@@ -53,15 +54,19 @@ def table(rows: Sequence[Mapping]) -> str:
 
 def _learnt(row: Mapping) -> str:
     learnt = "decoder" if row["kl"] is None else f"all, KL {row['kl']:g}"
-    return learnt + (f", a dB worth {row['decibel']:g}" if row["decibel"] else "")
+    learnt += f", a dB worth {row['decibel']:g}" if row["decibel"] else ""
+    return learnt if row["decoder_of"] else f"{learnt}, from nothing"
 
 
 def _kind(row: Mapping) -> str:
     """By what its points are joined and its course is named."""
-    return ("decoder alone" if row["kl"] is None else "encoder, too") + (", dB in the loss" if row["decibel"] else "")
+    begun = "decoder alone" if row["kl"] is None else "encoder, too"
+    return ("from nothing" if row["decoder_of"] is None else begun) + (", dB in the loss" if row["decibel"] else "")
 
 
-TINTS = (figures.STUDENT, figures.NOISY, figures.CLEAN, figures.TEACHER)
+TINTS = (figures.STUDENT, figures.NOISY, figures.CLEAN, figures.TEACHER, "#8a5fb5")
+COURSE = 2.5
+"""dB below what was asked down to which a course is drawn: a run from nothing comes from far below."""
 
 
 @figures.styled
@@ -71,22 +76,24 @@ def figure(rows: Sequence[Mapping]) -> Figure:
     drawn, (trade, course) = plt.subplots(1, 2, figsize=(10, 3.8))
     by_push = sorted(rows, key=lambda r: r["texture"])
     kinds = {kind: [r for r in by_push if _kind(r) == kind] for kind in sorted({*map(_kind, rows)})}
-    for (kind, some), colour in zip(kinds.items(), TINTS, strict=False):
+    for (kind, some), colour in zip(kinds.items(), TINTS[: len(kinds)], strict=True):
         _trade(trade, some, colour)
         steps, psnr, _ = zip(*some[0]["course"], strict=True)
         course.plot(steps, psnr, color=colour, label=f"{kind}, push {some[0]['texture']:g}")
     _asked(trade)
     asked_line(course, ASKED["tokenizer"], f"asked: {ASKED['tokenizer']} dB")
-    course.set(xlabel="optimiser steps", ylabel="PSNR of 16 windows (dB)", title="b  Going on with the least push")
+    course.set(xlabel="optimiser steps", ylabel="PSNR of 16 windows (dB)", title="b  The runs with the least push")
+    course.set_ylim(bottom=ASKED["tokenizer"] - COURSE)
     course.legend(loc="lower right")
     return drawn
 
 
 def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
     ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
-    for r in rows:
+    for number, r in enumerate(rows):
         words = f"push {r['texture']:g}" + ("" if r["kl"] is None else f", KL {r['kl']:g}")
-        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+        aside = (6, -14 if number % 2 else 6)  # neighbours of one line lie near each other
+        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=aside, textcoords="offset points", fontsize=9)
 
 
 def _asked(ax: Axes) -> None:
@@ -94,7 +101,7 @@ def _asked(ax: Axes) -> None:
     asked_line(ax, ASKED["tokenizer"], words, end="left")
     ax.axvline(ASKED["sharpness"], color=figures.LIMIT, ls="--", lw=1)
     ax.margins(x=0.4, y=0.2)
-    ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  One tokenizer, gone on with")
+    ax.set(xlabel="sharpness (real frames: 1)", ylabel="PSNR (dB)", title="a  Where each run ended")
 
 
 def main() -> None:
