@@ -92,8 +92,9 @@ def _trade(ax: Axes, rows: Sequence[Mapping], colour: str) -> None:
     ax.plot([r["sharpness"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, mfc="white", ms=6)
     for number, r in enumerate(rows):
         words = f"push {r['texture']:g}" + ("" if r["kl"] is None else f", KL {r['kl']:g}")
-        aside = (6, -14 if number % 2 else 6)  # neighbours of one line lie near each other
-        ax.annotate(words, (r["sharpness"], r["psnr"]), xytext=aside, textcoords="offset points", fontsize=9)
+        first = number == 0 and len(rows) > 1  # to the left: the line leaves its point to the right
+        aside = dict(xytext=(-6 if first else 6, 6), ha="right" if first else "left")
+        ax.annotate(words, (r["sharpness"], r["psnr"]), textcoords="offset points", fontsize=9, **aside)
 
 
 def _asked(ax: Axes) -> None:
