@@ -128,6 +128,18 @@ def test_a_teacher_that_was_killed_goes_on_from_its_checkpoint(bench, monkeypatc
     assert checkpoint.read_card(bench.out / last)["steps"] == 10 and len(rows_of(bench, "teacher")) == 2
 
 
+def test_the_recipe_goes_on_from_the_stage_that_git_keeps():
+    """`papermill_runs/from-nothing` is the out folder of a command that has come through its first stage: its tokenizer
+    is the one that today's recipe would make."""
+    folder = PROJECT / "papermill_runs" / "from-nothing"
+    card, wanted = checkpoint.read_card(folder / "vae.safetensors"), Recipe()
+    assert TinyVAE.from_file(folder / "vae.safetensors").size == wanted.vae_size
+    made = {name: card[name] for name in ("seconds", "batch", "lr", "kl", "decibel", "texture", "map")}
+    budget = {name: getattr(wanted.tokenizer, name) for name in ("seconds", "batch", "lr")}
+    assert made == budget | {name: getattr(wanted, name) for name in ("kl", "decibel", "texture", "map")}
+    assert "made_from" not in card and "--until vae.safetensors" in card["command"]
+
+
 def test_training_stops_at_the_stage_that_was_asked_for(bench):
     assert list(recipe.run(bench, "teacher.safetensors")) == ["vae.safetensors", "teacher.safetensors"]
     assert not bench.has("causal.safetensors")
