@@ -58,7 +58,7 @@ class Recipe:
     preset: Preset = presets.TINY
     vae_size: VAESize = VAESize()
     tokenizer: Budget = Budget(1250, 24, 2e-3)
-    teacher: Budget = Budget(1200, 32, 2e-3)
+    teacher: Budget = Budget(1300, 32, 2e-3)
     causal: Budget = Budget(315, 24, 1e-3)
     ode: Budget = Budget(90, 32, 2e-4, steps=400)
     """Regression onto the ends of `pair_batches` batches of the causal model's own paths of `solver_steps` steps."""
