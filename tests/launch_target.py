@@ -69,5 +69,9 @@ def histories(count):
     settings = StreamSettings(chunk=1, image_first=True)
     drawn = halts.batches(3, torch.Generator(device()).manual_seed(rank), frames, settings)
     for _, (fits, history) in zip(range(count), drawn, strict=False):
-        least, most = parallel.least(history, device()), -parallel.least(-history, device())
-        yield {"least": least, "most": most, "fits": bool(parallel.least(fits, device()))}
+        everyone = parallel.gathered(torch.tensor([[history, fits]], device=device()))
+        yield {
+            "least": int(everyone[:, 0].min()),
+            "most": int(everyone[:, 0].max()),
+            "fits": bool(everyone[:, 1].all()),
+        }

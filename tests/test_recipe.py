@@ -128,6 +128,22 @@ def test_a_teacher_that_was_killed_goes_on_from_its_checkpoint(bench, monkeypatc
     assert checkpoint.read_card(bench.out / last)["steps"] == 10 and len(rows_of(bench, "teacher")) == 2
 
 
+def test_what_begins_otherwise_does_not_go_on_from_anothers_checkpoint(bench, monkeypatch):
+    """Of another seed: a tokenizer begins anew, a teacher, whose latents are there already, is refused."""
+    monkeypatch.setattr(recipe, "REPORT_EVERY", 1)
+    monkeypatch.setattr(recipe, "KEEP_EVERY", 1)
+    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+    bench.recipe = replace(bench.recipe, tokenizer=Budget(3600, 1, 1e-3), teacher=Budget(3600, 1, 1e-3))
+    killed_at(bench, monkeypatch, "tokenizer", 3)
+    bench.seed, bench.recipe = 1, replace(bench.recipe, tokenizer=BLINK)
+    list(recipe.run(bench, "vae.safetensors"))
+    assert [row["step"] for row in rows_of(bench, "tokenizer")][:4] == [1, 2, 3, 1]
+    killed_at(bench, monkeypatch, "teacher", 1)
+    bench.seed = 2
+    with pytest.raises(ValueError, match="was made with seed 1 instead of 2"):
+        list(recipe.run(bench))
+
+
 def test_the_recipe_goes_on_from_the_stage_that_git_keeps():
     """`papermill_runs/from-nothing` is the out folder of a command that has come through its first stage: its tokenizer
     is the one that today's recipe would make."""

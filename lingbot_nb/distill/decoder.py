@@ -57,7 +57,8 @@ def main() -> None:
         parser.error("--whole goes on with the tokenizer that is there: add --go-on, or train a new one by the recipe")
     if args.kl is not None and not args.whole:
         parser.error(f"--kl {args.kl:g} weighs the latents of an encoder that learns: add --whole, or leave it out")
-    recipe = Recipe(compile=not args.no_compile, kl=Recipe.kl if args.kl is None else args.kl)
+    loss = dict(texture=args.texture, decibel=args.decibel, kl=Recipe.kl if args.kl is None else args.kl)
+    recipe = Recipe(compile=not args.no_compile, **loss)
     bench = Bench(recipe, args.data, args.out, args.seed, command=command_line(parser.prog))
     torch.manual_seed(args.seed)
     vae = TinyVAE.from_file(args.vae)
@@ -67,15 +68,14 @@ def main() -> None:
         vae = with_decoder(vae, tuple(widths), tuple(depths))
     budget = Budget(args.seconds, args.batch, args.lr)
     before = checkpoint.read_card(args.vae)
-    card = dict(kind="tokenizer") | made_from(before, args.go_on, recipe.kl if args.whole else None)
-    fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, texture=args.texture, decibel=args.decibel, **card)
+    fit_tokenizer(bench, vae, budget, decoder_only=not args.whole, **made_from(before, args.go_on, args.whole))
 
 
-def made_from(card: Mapping, go_on: bool, kl: float | None) -> dict:
+def made_from(card: Mapping, go_on: bool, whole: bool) -> dict:
     """What a new card tells of the tokenizer before: all of it, where its weights are what this one began with; and
-    whose latents the decoder reads, or the KL under which the encoder learnt on."""
+    whose latents the decoder reads, where the encoder did not learn on."""
     begun = dict(made_from=dict(card)) if go_on else dict(encoder_command=card.get("command", ""))
-    return begun | (dict(kl=kl) if kl is not None else dict(decoder_of=card["sha256"]))
+    return begun | ({} if whole else dict(decoder_of=card["sha256"]))
 
 
 if __name__ == "__main__":

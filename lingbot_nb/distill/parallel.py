@@ -70,6 +70,16 @@ def shared_generator(device: torch.device | str, seed: int) -> SharedGenerator:
     return SharedGenerator(device).manual_seed(seed)
 
 
+FAR = 1_000_003
+"""Between the seeds of two steps: farther than those of ranks and purposes lie apart."""
+
+
+def draw_on(generator: torch.Generator, seed: int, step: int) -> None:
+    """Sends a rank's own generator to a place that only its seed and the step decide: for a training that resumes from
+    another rank's checkpoint. It draws what it would not have drawn otherwise, and nothing twice."""
+    generator.manual_seed(seed + FAR * step)
+
+
 def draw(make: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """make(shape), random numbers with one row a sample of the batch.
 
@@ -143,15 +153,6 @@ def agree(value: float, device: torch.device | str) -> float:
         return value
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, 0)
-    return shared.item()
-
-
-def least(value: float, device: torch.device | str) -> float:
-    """The least of the ranks' values, on every rank: how far all of them can go."""
-    if not several():
-        return value
-    shared = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MIN)
     return shared.item()
 
 

@@ -1,12 +1,13 @@
 """Trains the tiny world from nothing: one command, on one or many GPUs.
 
-    torchrun --nproc-per-node 4 -m lingbot_nb.distill.recipe --data clips --out weights --collect 6000
+    torchrun --nproc-per-node 2 -m lingbot_nb.distill.recipe --data clips --out weights --collect 12000
 
 Stages run in order, each as long as its seconds say, each leaving weights and a card in `--out`; a command that was
 killed goes on with the first stage whose weights are not there, from the last checkpoint of that stage.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -100,7 +101,7 @@ class Recipe:
 REPORT_EVERY = 200
 """Steps between two rows of a tokenizer."""
 KEEP_EVERY = 2000
-"""Steps between two checkpoints of a stage that goes by time: less than a minute of one H200."""
+"""Steps between two checkpoints of a stage that goes by time: about a minute of one H200."""
 KEEP_PARTS = 4
 """Parts with a checkpoint between them, of a stage whose budget counts steps: it takes minutes in all."""
 LOG_EVERY = 10
@@ -207,28 +208,19 @@ def collect_walks(data: Path, clips: int, map: str = SimulatorSettings.map, held
 
 def train_tokenizer(bench: Bench) -> None:
     torch.manual_seed(bench.seed)
-    recipe = bench.recipe
-    loss = dict(texture=recipe.texture, decibel=recipe.decibel)
-    fit_tokenizer(bench, TinyVAE(recipe.vae_size), recipe.tokenizer, **loss, kind="tokenizer", kl=recipe.kl)
+    fit_tokenizer(bench, TinyVAE(bench.recipe.vae_size), bench.recipe.tokenizer)
 
 
-def fit_tokenizer(
-    bench: Bench,
-    vae: TinyVAE,
-    budget: Budget,
-    *,
-    decoder_only: bool = False,
-    texture: float = TokenizerSettings.texture,
-    decibel: float = TokenizerSettings.decibel,
-    **card,
-) -> None:
-    """Trains a VAE, or its decoder, on this rank's clips and keeps it as vae.safetensors."""
+def fit_tokenizer(bench: Bench, vae: TinyVAE, budget: Budget, *, decoder_only: bool = False, **card) -> None:
+    """Trains a VAE, or its decoder, on this rank's clips by the recipe's losses and keeps it as vae.safetensors."""
     parallel.same_start(vae.to(bench.device))
+    recipe, begun = bench.recipe, fingerprint(vae)
     generator = bench.generator(1)
     frames = bench.pictures(bench.train)
     held_out = bench.pictures(bench.held_out[:16])[:, 20:37]
-    options = dict(batch=budget.batch, lr=budget.lr, kl=bench.recipe.kl)
-    settings = TokenizerSettings(**options, decoder_only=decoder_only, texture=texture, decibel=decibel)
+    loss = dict(texture=recipe.texture, decibel=recipe.decibel)
+    options = dict(batch=budget.batch, lr=budget.lr, kl=recipe.kl)
+    settings = TokenizerSettings(**options, **loss, decoder_only=decoder_only)
     rows = tokenizer.train_tokenizer(
         vae,
         tokenizer.group_batches(frames, budget.batch, generator),
@@ -237,19 +229,26 @@ def fit_tokenizer(
         generator=generator,
         held_out=held_out,
         report_every=REPORT_EVERY,
-        checkpoint=bench.unfinished / "tokenizer.pt",
+        checkpoint=bench.unfinished / f"tokenizer-{begun}.pt",
         checkpoint_every=KEEP_EVERY,
-        compile=bench.recipe.compile,
+        compile=recipe.compile,
     )
     row = {}
     for row in rows:
         bench.say("tokenizer", **row)
     result = tokenizer.evaluate_tokenizer(vae, bench.pictures(bench.held_out[:32]))
     bench.say("tokenizer", held_out=result)
-    told = dict(steps=row["step"], metrics=result, size=asdict(vae.size), texture=texture, decibel=decibel)
+    told = dict(kind="tokenizer", steps=row["step"], metrics=result, size=asdict(vae.size), **loss)
+    told |= {} if decoder_only else {"kl": recipe.kl}
     # An encoder that stays is another file's weights, in whose latents networks live: not to be rounded again.
     dtype = torch.float32 if decoder_only else torch.bfloat16
     bench.keep("vae.safetensors", vae, budget, dtype=dtype, **told, **card)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Eight digits that tell a module's weights from others: what began otherwise cannot go on from its checkpoint."""
+    state = module.state_dict().values()
+    return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in state)).hexdigest()[:8]
 
 
 def run_fit(
@@ -264,6 +263,7 @@ def run_fit(
     """Trains to a budget's end, or on from where a killed command left its checkpoints; `draws` are the generators that
     the step draws from beside the state's own."""
     ends = dict(steps=budget.steps) if budget.steps else dict(seconds=budget.seconds)
+    state.card |= dict(preset=bench.preset.name, map=bench.recipe.map, seed=bench.seed)
     every = -(-budget.steps // KEEP_PARTS) if budget.steps else KEEP_EVERY
     kept = dict(checkpoint=bench.unfinished / stage, every=every)
     options = dict(schedule=schedule, log_every=LOG_EVERY, skips=SKIPS, store=train.drawn_anew(*draws))

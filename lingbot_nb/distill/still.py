@@ -67,7 +67,8 @@ class Halts:
         `LatentClips.batches`. Raises ValueError when no halt has a chunk before it."""
         frame = self.places[:, 1].contiguous()
         # Ranks hold different walks, and must draw from the same list.
-        most = parallel.least(min(latest, 1 + int(frame.max()), frames - 1), frame.device)
+        own = min(latest, 1 + int(frame.max()), frames - 1)
+        most = int(parallel.gathered(torch.tensor([own], device=frame.device)).min())
         histories = [at for at in accumulate(settings.chunk_lengths(frames)) if at <= most]
         if not histories:
             raise ValueError(

@@ -520,4 +520,4 @@ def _resume(training: _Training, path: Path) -> None:
     own = training.generator.initial_seed()
     training.restore(state)
     if parallel.place()[0]:
-        training.generator.manual_seed(own + training.step)  # the file has the first rank's draws
+        parallel.draw_on(training.generator, own, training.step)  # the file has the first rank's draws

@@ -317,20 +317,15 @@ FILES = Store(_save_once, _found_files, load_checkpoint)
 
 def drawn_anew(*generators: torch.Generator) -> Store:
     """`FILES` for ranks that draw apart: all take rank 0's weights, and each rank's generators, the state's and these,
-    go on from a place that only its own seed and the step decide. A training resumed so draws what it would not have
-    drawn otherwise, and nothing twice."""
+    go on by `parallel.draw_on`."""
 
     def load(file: Path, state: TrainState) -> None:
         seeds = [generator.initial_seed() for generator in (state.generator, *generators)]
         load_checkpoint(file, state)
         for generator, seed in zip((state.generator, *generators), seeds, strict=True):
-            generator.manual_seed(seed + FAR * state.step)
+            parallel.draw_on(generator, seed, state.step)
 
     return Store(_save_once, _found_files, load, apart=True)
-
-
-FAR = 1_000_003
-"""Between the seeds of two steps: farther than those of ranks and purposes lie apart."""
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
